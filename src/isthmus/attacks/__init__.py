@@ -1,0 +1,1 @@
+"""Attacks, each with the threat model that bounds what it sees."""

@@ -1,0 +1,1 @@
+"""Measured figures, each beside the goal it is held to."""

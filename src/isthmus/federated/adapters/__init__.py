@@ -1,0 +1,1 @@
+"""Aggregations of LoRA adapters: one file each, pure functions on lists of factors."""

@@ -1,0 +1,147 @@
+"""A cohort: the clients of one mix, what they were sent, and what they did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from isthmus.contracts import Updates
+from isthmus.federated.method import Data, Method
+from isthmus.learn.phase import Phase, Plan, Purpose, Visit
+from isthmus.tree import Tree
+
+
+@dataclass(frozen=True)
+class Owned:
+    """Who owns which rows of the pool: client i has `order[starts[i]:starts[i + 1]]`."""
+
+    order: np.ndarray
+    starts: np.ndarray
+
+    @staticmethod
+    def of(parts: Sequence[np.ndarray]) -> Owned:
+        sizes = np.array([0, *(len(part) for part in parts)])
+        order = np.concatenate([*parts, np.zeros(0, dtype=np.int64)]).astype(np.int64)
+        return Owned(order, np.cumsum(sizes))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def sizes(self, clients: np.ndarray) -> np.ndarray:
+        return self.starts[clients + 1] - self.starts[clients]
+
+    def rows(self, client: int) -> np.ndarray:
+        return self.order[self.starts[client] : self.starts[client + 1]]
+
+
+@dataclass
+class Cohort:
+    """n clients about to work: who, from what, with which keys.
+
+    `downs` are the decoded downloads, one object for all that were sent the same. `kept` is
+    stacked `[n, ...]`.
+    """
+
+    clients: np.ndarray
+    keys: np.ndarray
+    ranks: np.ndarray
+    versions: np.ndarray
+    round: int
+    lr: float
+    downs: Sequence[Tree]
+    kept: Tree
+    purpose: Purpose = "train"
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+
+@dataclass
+class Done:
+    """What a cohort did: uploads before the path, what each keeps, and the work per client."""
+
+    updates: Updates
+    kept: Tree
+    loss: Tensor
+    aux: Tree
+    steps: Tensor
+    examples: Tensor
+    gradients: Tensor
+
+
+@dataclass
+class Ground:
+    """What all clients stand on: the model, its frozen tensors, the pool of data, who owns it."""
+
+    module: nn.Module
+    base: Tree
+    columns: Tree
+    owned: Owned
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type in which the model computes."""
+        return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
+
+    def plan(self, method: Method, phase: Phase, cohort: Cohort) -> Plan:
+        """The plans of a cohort `[n, T, b]`, pointing into the pool."""
+        sizes = self.owned.sizes(cohort.clients)
+        if type(method).plan is Method.plan:
+            plan = method.local.plans(cohort.keys, sizes)
+        else:
+            plan = _padded([self._own_plan(method, phase, cohort, i) for i in range(len(cohort))])
+        starts = self.owned.starts[cohort.clients]
+        flat = np.minimum(plan.index.numpy() + starts[:, None, None], len(self.owned.order) - 1)
+        return Plan(torch.from_numpy(self.owned.order[flat]), plan.weight.to(self.dtype))
+
+    def _own_plan(self, method: Method, phase: Phase, cohort: Cohort, i: int) -> Plan:
+        rows = torch.from_numpy(self.owned.rows(int(cohort.clients[i])))
+        data = Data({n: x[rows] for n, x in self.columns.items()}, int(cohort.keys[i]))
+        kept = {name: x[i] for name, x in cohort.kept.items()}
+        return method.plan(phase, visit_of(cohort, self, i), data, kept)
+
+
+def visits_of(cohort: Cohort, ground: Ground) -> dict[str, Tensor]:
+    """The fields of `Visit` but its purpose, `[n]` each (steps are not known yet: zero)."""
+    n = len(cohort)
+    lr = torch.full((n,), cohort.lr, dtype=ground.dtype)
+    return {
+        "client": torch.from_numpy(cohort.clients),
+        "round": torch.full((n,), cohort.round, dtype=torch.int64),
+        "version": torch.from_numpy(cohort.versions),
+        "rank": torch.from_numpy(cohort.ranks),
+        "key": torch.from_numpy(cohort.keys),
+        "examples": torch.from_numpy(ground.owned.sizes(cohort.clients)).to(lr.dtype),
+        "steps": torch.zeros_like(lr),
+        "lr": lr,
+    }
+
+
+def visit_of(cohort: Cohort, ground: Ground, i: int) -> Visit:
+    """The visit of the i-th client of a cohort."""
+    fields = {name: x[i] for name, x in visits_of(cohort, ground).items()}
+    return Visit(**fields, purpose=cohort.purpose)
+
+
+def _padded(own: Sequence[Plan]) -> Plan:
+    """Plans of unequal length and width as one, with padding at weight 0."""
+    steps = max(plan.index.shape[0] for plan in own)
+    width = max(plan.index.shape[1] for plan in own)
+    index = torch.zeros(len(own), steps, width, dtype=torch.int64)
+    weight = torch.zeros(len(own), steps, width)
+    for i, plan in enumerate(own):
+        t, b = plan.index.shape
+        index[i, :t, :b], weight[i, :t, :b] = plan.index, plan.weight
+    return Plan(index, weight)
+
+
+class Executor(Protocol):
+    """Computes the visits of a cohort."""
+
+    def run(self, method: Method, ground: Ground, cohort: Cohort) -> Done: ...

@@ -1,0 +1,1 @@
+"""Who computes a cohort's visits: `sequential` (the reference) or `vectorised`."""

@@ -1,0 +1,161 @@
+"""A whole cohort at once: the hooks mapped over clients by `torch.vmap`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isthmus import seeds
+from isthmus.contracts import Updates
+from isthmus.federated.cohort import Cohort, Done, Ground, visits_of
+from isthmus.federated.method import Method
+from isthmus.learn.graph import Graphs, Mode, Nest
+from isthmus.learn.phase import Purpose, Visit
+from isthmus.learn.visit import batch_statistics, stack_alike, vectorised
+from isthmus.tree import Tree
+
+
+class Vectorised:
+    """`chunk` clients at a time (0: all), recorded or compiled as `compile` says.
+
+    Models whose steps use batch statistics have no masked form; their clients are grouped by
+    the shape of their plans instead of padded.
+    """
+
+    def __init__(self, compile: Mode = "none", chunk: int = 0) -> None:
+        self.graphs, self.chunk = Graphs(compile), chunk
+
+    def run(self, method: Method, ground: Ground, cohort: Cohort) -> Done:
+        groups = self._groups(method, ground, cohort)
+        if len(groups) == 1:
+            return self._run(method, ground, cohort)
+        done = [self._run(method, ground, _part(cohort, rows)) for rows in groups]
+        order = torch.from_numpy(np.argsort(np.concatenate(groups), kind="stable"))
+        return _joined(done, order)
+
+    def _groups(self, method: Method, ground: Ground, cohort: Cohort) -> list[np.ndarray]:
+        everyone = np.arange(len(cohort))
+        groups = [everyone]
+        if batch_statistics(ground.module):
+            sizes = ground.owned.sizes(cohort.clients)
+            groups = [everyone[sizes == size] for size in np.unique(sizes)]
+        if self.chunk:
+            groups = [
+                rows[i : i + self.chunk] for rows in groups for i in range(0, len(rows), self.chunk)
+            ]
+        return groups
+
+    def _run(self, method: Method, ground: Ground, cohort: Cohort) -> Done:
+        n = len(cohort)
+        fields = visits_of(cohort, ground)
+        down = stack_alike(cohort.downs)
+        alike = {name: x[0] for name, x in down.items() if n > 1 and x.stride(0) == 0}
+        apart = {name: x for name, x in down.items() if name not in alike}
+        start = _Start(method, cohort.purpose)
+        begun, _ = self.graphs.call(start.tag, start, fields, alike, apart, cohort.kept)
+        params, carry = begun["params"], begun["carry"]
+        steps = examples = gradients = loss = torch.zeros(n)
+        aux: Tree = {}
+        lr = fields["lr"][0]
+        for number, phase in enumerate(method.phases(cohort.purpose)):
+            keys = seeds.keys_of(cohort.keys, number)
+            plan = ground.plan(method, phase, replace(cohort, keys=keys))
+            work = vectorised(
+                phase,
+                ground.module,
+                ground.base,
+                params,
+                carry,
+                ground.columns,
+                plan,
+                keys,
+                lr,
+                self.graphs,
+            )
+            params, carry, loss, aux = work.params, work.carry, work.loss, work.aux
+            steps, examples = steps + work.steps, examples + work.examples
+            gradients = gradients + work.examples * work.grads
+        finish = _Finish(method, cohort.purpose)
+        fields = {**fields, "steps": steps.to(fields["steps"].dtype)}
+        out, _ = self.graphs.call(
+            finish.tag, finish, fields, params, alike, apart, carry, cohort.kept
+        )
+        updates = Updates(out["delta"], out["values"], out["buffers"], out["scalars"])
+        return Done(updates, out["kept"], loss, aux, steps, examples, gradients)
+
+
+class _Start:
+    def __init__(self, method: Method, purpose: Purpose) -> None:
+        self.method, self.purpose = method, purpose
+        self.tag = ("start", method, purpose)
+
+    def __call__(self, fields: Tree, alike: Tree, apart: Tree, kept: Tree) -> tuple[Nest, None]:
+        def start(fields: Tree, apart: Tree, kept: Tree) -> Nest:
+            visit = Visit(**fields, purpose=self.purpose)
+            params, carry = self.method.start(visit, {**alike, **apart}, kept)
+            return {"params": params, "carry": carry}
+
+        return torch.vmap(start)(fields, apart, kept), None
+
+
+class _Finish:
+    def __init__(self, method: Method, purpose: Purpose) -> None:
+        self.method, self.purpose = method, purpose
+        self.tag = ("finish", method, purpose)
+
+    def __call__(
+        self, fields: Tree, params: Tree, alike: Tree, apart: Tree, carry: Any, kept: Tree
+    ) -> tuple[Nest, None]:
+        def finish(fields: Tree, params: Tree, apart: Tree, carry: Any, kept: Tree) -> Nest:
+            visit = Visit(**fields, purpose=self.purpose)
+            update, left = self.method.finish(visit, params, {**alike, **apart}, carry, kept)
+            return {
+                "delta": update.delta,
+                "values": update.values,
+                "buffers": update.buffers,
+                "scalars": update.scalars,
+                "kept": left,
+            }
+
+        return torch.vmap(finish)(fields, params, apart, carry, kept), None
+
+
+def _part(cohort: Cohort, rows: np.ndarray) -> Cohort:
+    index = torch.from_numpy(rows)
+    return replace(
+        cohort,
+        clients=cohort.clients[rows],
+        keys=cohort.keys[rows],
+        ranks=cohort.ranks[rows],
+        versions=cohort.versions[rows],
+        downs=[cohort.downs[i] for i in rows],
+        kept={name: x[index] for name, x in cohort.kept.items()},
+    )
+
+
+def _joined(done: Sequence[Done], order: Tensor) -> Done:
+    def cat(trees: Sequence[Tree]) -> Tree:
+        return {name: torch.cat([t[name] for t in trees])[order] for name in trees[0]}
+
+    def line(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts))[order]
+
+    return Done(
+        Updates(
+            cat([d.updates.delta for d in done]),
+            cat([d.updates.values for d in done]),
+            cat([d.updates.buffers for d in done]),
+            cat([d.updates.scalars for d in done]),
+        ),
+        cat([d.kept for d in done]),
+        line([d.loss for d in done]),
+        cat([d.aux for d in done]),
+        line([d.steps for d in done]),
+        line([d.examples for d in done]),
+        line([d.gradients for d in done]),
+    )

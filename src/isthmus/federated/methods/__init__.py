@@ -1,0 +1,1 @@
+"""One file a method, both halves in it."""

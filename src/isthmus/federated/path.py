@@ -1,0 +1,357 @@
+"""The path of an upload, one order for every run.
+
+Client: attack -> clip -> local noise -> codec (error feedback inside it) -> bytes -> link.
+Server: decode -> finite guard -> clip again if noise is central -> selectors -> reducer ->
+central noise. What the server uses is what was decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isthmus import seeds, tree
+from isthmus.contracts import (
+    Attack,
+    Context,
+    Mechanism,
+    Meta,
+    Reduced,
+    Selector,
+    Updates,
+    View,
+)
+from isthmus.errors import InputError
+from isthmus.federated.method import Method, State
+from isthmus.tree import Tree
+from isthmus.wire.codecs import Codec, Dense, ErrorFeedback, Payload
+from isthmus.wire.codecs.base import Template
+from isthmus.wire.errors import WireError
+from isthmus.wire.message import (
+    Field,
+    Message,
+    Schema,
+    TensorSpec,
+    decode_many,
+    encode,
+    encode_many,
+)
+
+Guard = Literal["raise", "drop", "clip"]
+GUARDS: tuple[Guard, ...] = ("raise", "drop", "clip")
+
+FIELDS = {
+    "client": Field("u32"),
+    "round": Field("u32"),
+    "version": Field("u32"),
+    "examples": Field("f64", low=0.0),
+    "steps": Field("u32"),
+    "rank": Field("u16"),
+}
+"""What an update message declares besides its tensors."""
+
+_DOWN = {"round": Field("u32")}
+
+Axes = Mapping[str, int]
+"""Tensors of which a client sends the slice of its rank: name -> axis (from the end)."""
+
+PARTS = ("delta", "values", "buffers", "scalars")
+NOISED = ("delta", "values", "buffers")
+_MODEL, _UPDATE, _BASE = 1, 2, 3
+MEMORY = "memory/"
+"""Prefix of the codec's error memory among what a client keeps."""
+
+
+class Sent(NamedTuple):
+    """What arrived of a cohort: decoded uploads, honest and paper-style bytes per client."""
+
+    updates: Updates
+    bytes: np.ndarray
+    values: np.ndarray
+    kept: Tree
+    events: list[dict[str, Any]]
+
+
+@dataclass
+class Path:
+    """The pieces between `finish` and `server`; each may be left out."""
+
+    codec: Codec = field(default_factory=Dense)
+    feedback: ErrorFeedback | None = None
+    clip: Callable[[Tree], Tree] | None = None
+    local: Mechanism | None = None
+    central: Mechanism | None = None
+    selectors: Sequence[Selector] = ()
+    attack: Attack | None = None
+    attackers: frozenset[int] = frozenset()
+    guard: Guard = "raise"
+    download: Codec = field(default_factory=Dense)
+    axes: Axes = field(default_factory=dict)
+    _schemas: dict[Any, tuple[Schema, Template]] = field(default_factory=dict)
+
+    # -- down ---------------------------------------------------------------------------
+
+    def down(
+        self, sent: Tree, round: int, key: int, rank: int = 0, axes: Axes | None = None
+    ) -> tuple[Tree, int, int]:
+        """Encode one download and decode it: tensors, bytes, bytes of values alone.
+
+        Of the tensors in `axes` only the first `rank` directions cross; zeros stand for the rest.
+        """
+        crossing = _sliced(sent, rank, axes or {})
+        stacked = {name: x.unsqueeze(0) for name, x in crossing.items()}
+        payload = self.download.encode_many(stacked, [key], declared=True)
+        schema, template = self._schema("model", _MODEL, _DOWN, stacked, payload.tensors)
+        parcel = encode_many(schema, {"round": [round]}, payload.tensors)
+        _, tensors = decode_many(parcel, schema)
+        got = self.download.decode_many(Payload(tensors, {}, 1), template)
+        arrived = _widened(tree.row(got, 0), sent)
+        return arrived, int(parcel.sizes[0]), _values(payload.tensors)
+
+    # -- up -----------------------------------------------------------------------------
+
+    def up(self, updates: Updates, kept: Tree, keys: np.ndarray, key: int) -> Sent:
+        """Everything that happens to the uploads of a cohort until the server has decoded them.
+
+        `kept` is what the clients keep, stacked; the codec's memory is added to it.
+        """
+        honest = updates
+        events: list[dict[str, Any]] = []
+        if self.clip is not None:
+            updates = _over(updates, self.clip)
+        if self.local is not None:
+            noised = self.local.local(_joined(updates, NOISED), seeds.keys_of(keys, _LOCAL_NOISE))
+            updates = replace(updates, **_split(noised.tensors, NOISED), flat=None)
+            events.append(noised.event)
+        if self.attack is not None:
+            updates = self._attacked(honest, updates, key)
+        return self._cross(updates, kept, keys, events)
+
+    def _attacked(self, honest: Updates, updates: Updates, key: int) -> Updates:
+        """Put the attacker's uploads in place of those of the clients it holds."""
+        rows = [i for i, client in enumerate(updates.clients) if client in self.attackers]
+        if not rows or self.attack is None:
+            return updates
+        others = [i for i in range(len(updates)) if i not in rows]
+        own = honest.take(rows)
+        view = View(self.attack.threat, key, own_update=own, benign_updates=honest.take(others))
+        crafted = self.attack.craft(own, view)
+        index = torch.tensor(rows)
+
+        def put(kind: str) -> Tree:
+            theirs = getattr(crafted, kind)
+            return {
+                name: x.clone().index_copy(0, index, theirs[name].to(x.dtype))
+                for name, x in getattr(updates, kind).items()
+            }
+
+        return replace(
+            updates, delta=put("delta"), values=put("values"), buffers=put("buffers"), flat=None
+        )
+
+    def _cross(
+        self, updates: Updates, kept: Tree, keys: np.ndarray, events: list[dict[str, Any]]
+    ) -> Sent:
+        groups = _by_rank(updates)
+        parts = [self._cross_alike(updates, kept, keys, rows, rank) for rank, rows in groups]
+        if len(parts) == 1:
+            got, sizes, values, memory = parts[0]
+            return Sent(got, sizes, values, {**kept, **memory}, events)
+        order = np.argsort(np.concatenate([rows for _, rows in groups]), kind="stable")
+        got = _concatenated([part[0] for part in parts], order)
+        sizes = np.concatenate([part[1] for part in parts])[order]
+        values = np.concatenate([part[2] for part in parts])[order]
+        memory = {
+            name: torch.cat([part[3][name] for part in parts])[torch.from_numpy(order)]
+            for name in parts[0][3]
+        }
+        return Sent(got, sizes, values, {**kept, **memory}, events)
+
+    def _cross_alike(
+        self, updates: Updates, kept: Tree, keys: np.ndarray, rows: np.ndarray, rank: int | None
+    ) -> tuple[Updates, np.ndarray, np.ndarray, Tree]:
+        """The crossing of clients that send the same shapes."""
+        whole = len(rows) == len(updates)
+        some = updates if whole else updates.take(rows.tolist())
+        wide = some.values
+        if rank is not None:
+            some = replace(some, values=_sliced(wide, rank, self.axes))
+        tensors = _joined(some)
+        own = torch.from_numpy(seeds.keys_of(keys[rows], _CODEC))
+        memory: Tree = {}
+        if self.feedback is None:
+            payload = self.codec.encode_many(tensors, own, declared=True)
+        else:
+            index = torch.from_numpy(rows)
+            before = {name: kept[MEMORY + name][index] for name in tensors}
+            payload, after = self.feedback.step_many(tensors, own, before, declared=True)
+            memory = {MEMORY + name: x for name, x in after.items()}
+        schema, template = self._schema("update", _UPDATE, FIELDS, tensors, payload.tensors)
+        fields = {
+            "client": [m.client for m in some.meta],
+            "round": [m.round for m in some.meta],
+            "version": [m.version for m in some.meta],
+            "examples": [m.n_examples for m in some.meta],
+            "steps": [m.steps for m in some.meta],
+            "rank": [m.rank or 0 for m in some.meta],
+        }
+        parcel = encode_many(schema, fields, payload.tensors)
+        _, arrived = decode_many(parcel, schema, finite=self.guard == "raise")
+        got = self.codec.decode_many(Payload(arrived, {}, len(rows)), template)
+        parted = _split(got)
+        if rank is not None:
+            parted["values"] = _widened(parted["values"], wide)
+        back = Updates(**parted, meta=some.meta)
+        values = np.full(len(rows), _values(payload.tensors) // max(1, len(rows)))
+        return back, parcel.sizes, values, memory
+
+    def pairs(self, changes: Tree) -> tuple[int, int]:
+        """Bytes of the message that carries changes of the base, honest and of values alone.
+
+        These cross as they are: server and clients must keep the same base.
+        """
+        if not changes:
+            return 0, 0
+        schema = Schema.of_tree("base", _BASE, {}, changes)
+        return len(encode(Message("base", {}, changes), schema)), tree.nbytes(changes)
+
+    def _schema(
+        self, kind: str, number: int, fields: dict[str, Field], plain: Tree, packed: Tree
+    ) -> tuple[Schema, Template]:
+        """The schema of messages with these packed tensors, and the template of the plain ones."""
+        shapes = tuple([(name, x.dtype, x.shape[1:]) for name, x in plain.items()])
+        found = self._schemas.get((kind, shapes))
+        if found is None:
+            template = {name: TensorSpec(x.dtype, tuple(x.shape[1:])) for name, x in plain.items()}
+            found = Schema.of_tree(kind, number, fields, tree.row(packed, 0)), template
+            self._schemas[kind, shapes] = found
+        return found
+
+    # -- at the server ------------------------------------------------------------------
+
+    def reduce(
+        self, method: Method, state: State, updates: Updates, ctx: Context
+    ) -> tuple[Reduced, Updates]:
+        """Guard, clip again, select, reduce, noise: what `server` gets, and the uploads used."""
+        updates = self._guarded(updates)
+        weights = method.weigh(updates.meta)
+        if self.central is not None:
+            updates = _over(updates, self.central.clipped)
+            weights = torch.full_like(weights, self.central.weight)
+        accepted = torch.ones(len(updates), dtype=torch.bool)
+        for selector in self.selectors:
+            selection = selector.select(updates, ctx)
+            accepted &= selection.accepted
+            weights = weights if selection.weights is None else selection.weights
+        if self.selectors:
+            weights = torch.where(accepted, weights, 0.0)
+            if not float(weights.sum()) > 0:
+                raise InputError("selector", "no upload accepted", "at least one")
+            rows = accepted.nonzero().flatten().tolist()
+            updates = updates.take(rows)
+            weights = weights[accepted] / weights.sum()
+        reduced = method.reduce(state, updates, weights, ctx)
+        if self.central is not None:
+            noise = self.central.central(reduced.tensors, seeds.fold(ctx.key, _CENTRAL_NOISE))
+            reduced = replace(reduced, tensors=noise.tensors)
+            reduced.diag["privacy"] = noise.event
+        reduced.diag["accepted"] = updates.clients
+        return reduced, updates
+
+    def _guarded(self, updates: Updates) -> Updates:
+        """The finite guard: `raise` names a client, `drop` leaves it out, `clip` zeroes entries."""
+        tensors = _joined(updates)
+        if all(_finite(x) for x in tensors.values()):
+            return updates
+        good = torch.stack(
+            [torch.isfinite(x).reshape(len(updates), -1).all(1) for x in tensors.values()]
+        ).all(0)
+        bad = [updates.clients[i] for i in (~good).nonzero().flatten().tolist()]
+        if self.guard == "raise":
+            raise WireError("update", f"NaN or infinity from client {bad[0]}")
+        if self.guard == "clip":
+            cleaned = {name: torch.nan_to_num(x, 0.0, 0.0, 0.0) for name, x in tensors.items()}
+            return Updates(**_split(cleaned), meta=updates.meta)
+        if not good.any():
+            raise WireError("update", "NaN or infinity from every client")
+        return updates.take(good.nonzero().flatten().tolist())
+
+
+_LOCAL_NOISE, _CODEC, _CENTRAL_NOISE = 101, 102, 103
+
+
+def _finite(x: Tensor) -> bool:
+    if not x.is_floating_point() or x.numel() == 0:
+        return True
+    low, high = torch.aminmax(x)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _joined(updates: Updates, parts: Sequence[str] = PARTS) -> Tree:
+    """All tensors of some uploads in one tree, each with the name of its part in front."""
+    return {f"{part}/{name}": x for part in parts for name, x in getattr(updates, part).items()}
+
+
+def _split(flat: Tree, parts: Sequence[str] = PARTS) -> dict[str, Tree]:
+    """The inverse of `_joined`."""
+    split: dict[str, Tree] = {part: {} for part in parts}
+    for name, x in flat.items():
+        part, _, own = name.partition("/")
+        split[part][own] = x
+    return split
+
+
+def _over(updates: Updates, function: Callable[[Tree], Tree]) -> Updates:
+    """The uploads with `function` applied to all that is bounded and noised, at once."""
+    return replace(updates, **_split(function(_joined(updates, NOISED)), NOISED), flat=None)
+
+
+def _values(tensors: Tree) -> int:
+    """Paper-style count: the bytes of the values, without scales, indices and framing."""
+    return sum(x.numel() * x.element_size() for name, x in tensors.items() if ":" not in name)
+
+
+def _by_rank(updates: Updates) -> list[tuple[int | None, np.ndarray]]:
+    """Rows grouped by adapter rank; one group without ranks."""
+    ranks = {m.rank for m in updates.meta}
+    if not updates.values or None in ranks:
+        return [(None, np.arange(len(updates)))]
+    array = np.array([m.rank for m in updates.meta])
+    return [(int(rank), np.flatnonzero(array == rank)) for rank in np.unique(array)]
+
+
+def _sliced(tensors: Tree, rank: int, axes: Axes) -> Tree:
+    """The first `rank` directions of the tensors in `axes`; the others whole."""
+    return {
+        name: x.narrow(axes[name], 0, min(rank, x.shape[axes[name]])) if name in axes else x
+        for name, x in tensors.items()
+    }
+
+
+def _widened(values: Tree, like: Tree) -> Tree:
+    """Zeros behind the directions that did not cross, so that shapes agree again."""
+    out: Tree = {}
+    for name, x in values.items():
+        if x.shape == like[name].shape:
+            out[name] = x
+            continue
+        wide = torch.zeros_like(like[name])
+        wide[tuple(slice(size) for size in x.shape)] = x
+        out[name] = wide
+    return out
+
+
+def _concatenated(parts: Sequence[Updates], order: np.ndarray) -> Updates:
+    index = torch.from_numpy(order)
+
+    def cat(part: str) -> Tree:
+        held = [getattr(u, part) for u in parts]
+        return {name: torch.cat([h[name] for h in held])[index] for name in held[0]}
+
+    metas: list[Meta] = [m for u in parts for m in u.meta]
+    return Updates(**{part: cat(part) for part in PARTS}, meta=[metas[i] for i in order])

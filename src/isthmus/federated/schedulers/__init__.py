@@ -1,0 +1,1 @@
+"""Who works when: a schedule names the clients of a mix and never touches tensors."""

@@ -1,0 +1,120 @@
+"""Pure functions of tensors, recorded once and replayed.
+
+Running Python, vmap and grad anew for every step costs more than the arithmetic of a small
+model. `Graphs.call` therefore records the tensor operations of a function the first time it
+meets a set of shapes (`torch.fx.experimental.proxy_tensor.make_fx`) and replays them after;
+`compile` also hands them to the inductor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from isthmus.errors import InputError, unknown
+
+Mode = Literal["none", "trace", "compile"]
+MODES: tuple[Mode, ...] = ("none", "trace", "compile")
+
+Nest = Any
+"""A tensor, or a dict of nests with string names."""
+
+_KEPT = 64
+"""Recordings that are kept; the oldest goes first."""
+
+
+def flatten(nest: Nest, leaves: list[Tensor]) -> Hashable:
+    """Append the tensors of a nest to `leaves`; returns its structure."""
+    if isinstance(nest, dict):
+        return tuple([(name, flatten(child, leaves)) for name, child in nest.items()])
+    leaves.append(nest)
+    return None
+
+
+def unflatten(structure: Hashable, leaves: Sequence[Tensor], start: int = 0) -> tuple[Nest, int]:
+    """The inverse of `flatten`: the nest, and the position after its last tensor."""
+    if structure is None:
+        return leaves[start], start + 1
+    nest: dict[str, Nest] = {}
+    for name, child in structure:  # type: ignore[attr-defined]
+        nest[name], start = unflatten(child, leaves, start)
+    return nest, start
+
+
+class Graphs:
+    """Recordings of functions, by tag and by the shapes, strides and types of their tensors.
+
+    `mode`: `none` calls the function as it is, `trace` replays its operations, `compile` runs
+    them through `torch.compile`. A function must be pure, must not branch on tensor values,
+    and everything that may change between calls must be among its tensors or in its tag.
+    """
+
+    def __init__(self, mode: Mode = "none") -> None:
+        if mode not in MODES:
+            raise unknown("compile", mode, MODES)
+        self.mode: Mode = mode
+        self.seconds = 0.0
+        self._kept: dict[Hashable, tuple[Callable[..., Any], Hashable, Any]] = {}
+
+    def call(
+        self, tag: Hashable, function: Callable[..., tuple[Nest, Any]], *nests: Nest
+    ) -> tuple[Nest, Any]:
+        """`function(*nests) -> (nest, static)`; `static` is remembered from the recording."""
+        if self.mode == "none":
+            return function(*nests)
+        leaves: list[Tensor] = []
+        structure = tuple([flatten(nest, leaves) for nest in nests])
+        sizes = tuple([(x.shape, x.stride(), x.dtype, x.device) for x in leaves])
+        slot = (tag, structure, sizes)
+        found = self._kept.get(slot)
+        if found is None:
+            found = self._record(function, structure, leaves)
+            while len(self._kept) >= _KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[slot] = found
+        run, shape, static = found
+        with torch.no_grad():
+            out = run(*leaves)
+        return unflatten(shape, out)[0], static
+
+    def _record(
+        self, function: Callable[..., tuple[Nest, Any]], structure: Hashable, leaves: list[Tensor]
+    ) -> tuple[Callable[..., Any], Hashable, Any]:
+        shape: Hashable = None
+        static: Any = None
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            nonlocal shape, static
+            nests, at = [], 0
+            for part in structure:  # type: ignore[attr-defined]
+                nest, at = unflatten(part, tensors, at)
+                nests.append(nest)
+            result, static = function(*nests)
+            out: list[Tensor] = []
+            shape = flatten(result, out)
+            return out
+
+        graph = make_fx(flat)(*leaves)
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        if self.mode == "compile":
+            return _compiled(graph, leaves), shape, static
+        return graph.forward, shape, static
+
+
+def _compiled(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[..., Any]:
+    run = torch.compile(graph, fullgraph=True, dynamic=False)
+    try:
+        with torch.no_grad():
+            run(*leaves)
+    except Exception as error:  # the inductor raises many kinds, all meaning "not here"
+        if "ompiler" in f"{type(error).__name__} {error}":
+            raise InputError(
+                "compile", "compile", "none or trace where no C++ compiler is found"
+            ) from error
+        raise
+    return run

@@ -1,0 +1,1 @@
+"""Privacy mechanisms and the accountant that adds up what they spend."""

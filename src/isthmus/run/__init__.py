@@ -1,0 +1,1 @@
+"""Runs: where one thing is built from several families."""

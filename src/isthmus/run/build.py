@@ -1,0 +1,384 @@
+"""A configuration, built: the one place where the families meet."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path as File
+from typing import Any, cast
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from isthmus import catalogue
+from isthmus.errors import InputError, unknown
+from isthmus.federated.adapters.lora import LoraMethod
+from isthmus.federated.cohort import Executor, Ground, Owned
+from isthmus.federated.executors.sequential import Sequential
+from isthmus.federated.executors.vectorised import Vectorised
+from isthmus.federated.method import Local, Method, Names
+from isthmus.federated.path import MEMORY, Path
+from isthmus.federated.round import Federation
+from isthmus.federated.schedulers.sync import Sync
+from isthmus.federated.store import ClientStore
+from isthmus.learn.graph import Mode
+from isthmus.learn.visit import batch_statistics
+from isthmus.models import optim
+from isthmus.models.bind import bind, tensors_of, trainable
+from isthmus.models.dropout import keyed
+from isthmus.run import compatibility, pieces
+from isthmus.run.config import Config, explained
+from isthmus.tasks import own
+from isthmus.tasks.contract import Batch, Items, Splits, Stage, Task, roles
+from isthmus.tree import Tree
+from isthmus.wire import codecs
+from isthmus.wire.codecs import Chain, Codec, ErrorFeedback, Sign
+from isthmus.wire.codecs.randomk import RandomK
+from isthmus.wire.codecs.topk import TopK
+from isthmus.wire.device import Device, count_flops
+from isthmus.wire.ledger import Ledger
+from isthmus.wire.link import Link
+
+SMALL = 300_000
+"""Models of at most this many trained numbers are worth recording (see `learn.graph`)."""
+
+SIZES = ("tiny", "small", "paper")
+
+
+@dataclass
+class Built:
+    """A run, ready to start: the federation, and what it is scored on."""
+
+    config: Config
+    task: Task
+    splits: Splits
+    federation: Federation
+    module: nn.Module
+    tests: list[np.ndarray] | None
+    names: list[str]
+
+
+def build(
+    config: Config, ledger: Ledger, store: File | None = None, task: Task | None = None
+) -> Built:
+    """Make everything that a configuration names; what was `auto` is chosen.
+
+    Raises `InputError` naming the field for anything that does not exist or does not fit.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    task = task if task is not None else _task(config)
+    size = config.model if config.model in SIZES else "small"
+    splits = (
+        task.load(config.data_dir)
+        if config.data_dir is not None
+        else task.synthesise(config.seed, cast(Any, size))
+    )
+    config, parts, tests, names = _clients(config, task, splits)
+    stage = task.stages()[0]
+    kind = _method(config)
+    module = keyed(task.build(cast(Any, size), config.seed))
+    settings = _settings(kind, config.settings)
+    more: dict[str, Any] = {}
+    if issubclass(kind, LoraMethod):
+        module, more["places"] = _adapted(module, settings, config)
+    for layer in module.modules():
+        if batch_statistics(layer):  # a step mutates nothing; statistics are recomputed
+            cast(Any, layer).track_running_stats = False
+    config = _resolved(config, stage, kind, module)
+    tensors = {name: x.clone() for name, x in tensors_of(module).items()}
+    named = _names(kind, stage, module, tensors, more.get("places"))
+    rule = _optimiser(config)
+    method = kind(
+        local=Local(rule, cast(int, config.batch), config.epochs, config.steps),
+        stage=stage,
+        names=named,
+        knobs=settings,
+        population=config.clients,
+        **more,
+    )
+    if config.reducer is not None:
+        method.reducer = pieces.make("reducer", config.reducer)
+    path = _path(config, method)
+    compatibility.refuse(_pieces(config, method, path))
+    base = {name: tensors[name] for name in tensors if name in _base_names(named)}
+    kept = method.keep(tensors)
+    if path.feedback is not None:
+        up = (
+            {f"delta/{n}": tensors[n] for n in named.shared}
+            if not method.sends_values
+            else {f"values/{n}": tensors[n] for n in named.shared}
+        )
+        kept = {**kept, **{MEMORY + n: torch.zeros_like(x) for n, x in up.items()}}
+    federation = Federation(
+        method=method,
+        ground=Ground(module, base, dict(splits.train.columns), Owned.of(parts)),
+        path=path,
+        executor=_executor(config, method),
+        schedule=Sync(
+            config.clients, config.cohort or config.clients, config.seed, config.sampling
+        ),
+        store=ClientStore(kept, store),
+        ledger=ledger,
+        link=Link.parse(config.link, config.seed),
+        devices=[Device.named(name) for name in config.devices],
+        server=Device.named("server"),
+        seed=config.seed,
+        flops=_flops(stage, module, tensors, named, splits.train),
+        lr=partial(_rate, cast(float, config.lr), config.lr_decay),
+        state=method.init(tensors),
+        ranks=_ranks(config, settings, method),
+        versions=np.zeros(config.clients, np.int64),
+    )
+    return Built(config, task, splits, federation, module, tests, names)
+
+
+def _rate(lr: float, decay: float, round: int) -> float:
+    return lr * decay ** (round - 1)
+
+
+def _task(config: Config) -> Task:
+    if config.task == "text" and config.model not in (None, *SIZES):
+        return own.find("text", language=config.model)
+    if config.model is not None and config.model not in SIZES:
+        raise unknown("model", config.model, SIZES)
+    return own.find(config.task)
+
+
+def _method(config: Config) -> type[Method]:
+    found = catalogue.find("method", config.method)
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise InputError("method", config.method, "a class that derives from Method")
+    return found
+
+
+def _settings(kind: type[Method], given: dict[str, Any]) -> Any:
+    try:
+        return kind.Settings(**given)
+    except ValidationError as error:
+        raise explained(error, kind.Settings, "settings.") from None
+
+
+def _clients(
+    config: Config, task: Task, splits: Splits
+) -> tuple[Config, list[np.ndarray], list[np.ndarray] | None, list[str]]:
+    """Who owns which training items and, where owners are natural, which test items."""
+    owners = sorted(set(splits.train.group))
+    scheme = config.partition
+    if scheme == "auto":
+        natural = task.card.problem == "language modelling" and config.clients <= len(owners)
+        scheme = "natural" if natural else "iid"
+        config = config.model_copy(update={"partition": scheme})
+    parts = task.partition(splits.train, config.clients, scheme, config.seed)
+    empty = [i for i, part in enumerate(parts) if not len(part)]
+    if empty:
+        raise InputError("partition", scheme, f"one that gives client {empty[0]} some data")
+    if not scheme.startswith("natural"):
+        return config, parts, None, [f"client/{i}" for i in range(config.clients)]
+    groups = np.array(splits.train.group)
+    held = [set(groups[part].tolist()) for part in parts]
+    theirs = np.array(splits.test.group)
+    tests = [np.flatnonzero(np.isin(theirs, sorted(own))) for own in held]
+    return config, parts, tests, ["+".join(sorted(own)) for own in held]
+
+
+def _adapted(module: nn.Module, settings: Any, config: Config) -> tuple[nn.Module, Any]:
+    from isthmus.models import adapter
+
+    rank = max([settings.rank, *config.ranks])
+    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
+    alpha = settings.alpha * rank / settings.rank
+    wrapped = adapter.attach(module, rank, alpha, targets, rslora=settings.rslora, seed=config.seed)
+    wrapped.eval()
+    return wrapped, adapter.Handle(wrapped).places
+
+
+def _names(
+    kind: type[Method], stage: Stage, module: nn.Module, tensors: Tree, places: Any
+) -> Names:
+    given = roles(stage, tensors)
+    if places is not None:
+        learned = set(trainable(module))
+        given = {name: "shared" if name in learned else "frozen" for name in given}
+    given = kind.roles(given, places or {})
+    by = {role: tuple(n for n, r in given.items() if r == role) for role in set(given.values())}
+    asks = set(trainable(module))
+    moving = [n for n in tensors if given[n] in ("shared", "local") and n in asks]
+    return Names(
+        shared=by.get("shared", ()),
+        local=by.get("local", ()),
+        frozen=by.get("frozen", ()),
+        trainable=tuple(moving),
+        recalibrate=by.get("recalibrate", ()),
+        follow=by.get("follow", ()),
+    )
+
+
+def _base_names(named: Names) -> set[str]:
+    return {*named.frozen, *named.recalibrate, *named.follow}
+
+
+def _resolved(config: Config, stage: Stage, kind: type[Method], module: nn.Module) -> Config:
+    """Write out everything that was left to choose."""
+    size = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    executor = config.executor
+    if executor == "auto":
+        executor = "vectorised" if kind.vectorise else "sequential"
+    compile = config.compile
+    if compile == "auto":
+        compile = "trace" if executor == "vectorised" and size <= SMALL else "none"
+        if issubclass(kind, LoraMethod):
+            compile = "none"
+    return config.model_copy(
+        update={
+            "executor": executor,
+            "compile": compile,
+            "batch": stage.batch_size if config.batch is None else config.batch,
+            "optimiser": config.optimiser or stage.optimiser,
+            "lr": stage.lr if config.lr is None else config.lr,
+            "cohort": min(config.cohort or config.clients, config.clients)
+            if config.cohort is None
+            else config.cohort,
+            "threads": torch.get_num_threads(),
+        }
+    )
+
+
+def _optimiser(config: Config) -> optim.Optimiser:
+    text = cast(str, config.optimiser)
+    return optim.parse(text, lr=config.lr)
+
+
+def _executor(config: Config, method: Method) -> Executor:
+    if config.executor == "sequential":
+        return Sequential()
+    return Vectorised(cast(Mode, config.compile), config.chunk)
+
+
+def _ranks(config: Config, settings: Any, method: Method) -> np.ndarray:
+    if not isinstance(method, LoraMethod):
+        if config.ranks:
+            raise InputError("ranks", list(config.ranks), "none: the method trains no adapter")
+        return np.zeros(config.clients, np.int64)
+    ranks = config.ranks or (settings.rank,)
+    if method.one_rank and len(set(ranks)) > 1:
+        raise InputError("ranks", list(ranks), f"one rank for all with method {config.method}")
+    return np.array([ranks[i % len(ranks)] for i in range(config.clients)], np.int64)
+
+
+def _path(config: Config, method: Method) -> Path:
+    codec = codecs.parse(config.codec)
+    path = Path(
+        codec=codec,
+        download=codecs.parse(config.download),
+        guard=config.guard,
+        axes=method.rank_axes(),
+    )
+    if config.feedback:
+        path.feedback = ErrorFeedback(codec)
+    if config.clip is not None:
+        from isthmus.privacy.clip import clip_rows
+
+        path.clip = partial(clip_rows, bound=config.clip)
+    if config.privacy != "none":
+        path = replace(path, **_mechanism(config))
+    if config.selector is not None:
+        path.selectors = [pieces.make("selector", config.selector)]
+    if config.attack is not None:
+        path.attack = pieces.make("attack", config.attack)
+        if not 1 <= config.attackers < config.clients:
+            raise InputError("attackers", config.attackers, f"1 to {config.clients - 1}")
+        path.attackers = frozenset(range(config.attackers))
+    elif config.attackers:
+        raise InputError("attackers", config.attackers, "0 without an attack")
+    return path
+
+
+def _mechanism(config: Config) -> dict[str, Any]:
+    if config.clip is None:
+        raise InputError("clip", None, f"a bound with privacy {config.privacy}")
+    if config.privacy == "local":
+        return {
+            "local": pieces.make(
+                "mechanism", "local-dp", noise_multiplier=config.noise, clip=config.clip
+            )
+        }
+    rate = (config.cohort or config.clients) / config.clients
+    sampling = {"poisson": "poisson", "fixed": "without-replacement"}[config.sampling]
+    made = pieces.make(
+        "mechanism",
+        "dp-fedavg",
+        noise_multiplier=config.noise,
+        clip=config.clip,
+        population=config.clients,
+        rate=rate,
+        sampling=sampling if rate < 1 else "none",
+    )
+    return {"central": made}
+
+
+def _kinds(codec: Codec) -> Sequence[str]:
+    if isinstance(codec, Chain):
+        return [*_kinds(codec.first), *_kinds(codec.then)]
+    if isinstance(codec, TopK | RandomK):
+        return ["sparse"]
+    return ["real"] if codec.floats and not isinstance(codec, Sign) else ["discrete"]
+
+
+def _pieces(config: Config, method: Method, path: Path) -> compatibility.Pieces:
+    """What this configuration puts on the path, in the words of the rules."""
+    if isinstance(method, LoraMethod):
+        reducer = "adapter-product" if method.product_space else "adapter-factor"
+        if config.reducer is not None:
+            raise InputError("reducer", config.reducer, f"none: {config.method} has its own")
+    else:
+        reducer = "mean" if config.reducer is None else "coordinate"
+    kinds = dict.fromkeys(_kinds(path.codec))
+    sends = {"values"} if method.sends_values else {"delta"}
+    return compatibility.Pieces(
+        codec=cast(Any, ("sparse",) if "sparse" in kinds else tuple(kinds)),
+        clip=config.clip is not None,
+        local_noise=path.local is not None,
+        central_noise=path.central is not None,
+        server=cast(Any, (*["selector"] * len(path.selectors), reducer)),
+        attack=path.attack is not None,
+        executor=config.executor,
+        weights="fixed" if path.central is not None else "examples",
+        sends=frozenset(cast(Any, sends)),
+        covered=frozenset(cast(Any, sends)) if config.privacy != "none" else frozenset(),
+        public=frozenset(cast(Any, config.public)),
+        vectorise=method.vectorise,
+    )
+
+
+def _flops(stage: Stage, module: nn.Module, tensors: Tree, named: Names, items: Items) -> float:
+    """FLOPs of one gradient on one example, counted."""
+    columns = items.take([0]).columns
+    batch = Batch(columns, torch.ones(1), torch.zeros((), dtype=torch.int64))
+
+    def gradient() -> None:
+        leaves = {n: tensors[n].detach().requires_grad_() for n in named.trainable}
+        loss, _ = stage.loss(bind(module, {**tensors, **leaves}, key=batch.key), batch)
+        torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+
+    return float(count_flops(gradient))
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on: versions and the number of threads."""
+    import isthmus
+
+    return {
+        "isthmus": isthmus.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,66 @@
+"""What a run ends in: a model on disk that can be loaded, served and trained further.
+
+`model/` holds safetensors of all tensors, or for adapters peft's own format beside
+`backbone.safetensors`, the weights of the backbone that the run has changed (if any).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from isthmus.errors import InputError
+from isthmus.federated.adapters.lora import LoraMethod
+from isthmus.models.bind import tensors_of, write
+from isthmus.run.build import SIZES, Built
+from isthmus.run.config import Config
+from isthmus.tasks import own
+from isthmus.tree import Tree
+
+WEIGHTS, BACKBONE, ADAPTER = "model.safetensors", "backbone.safetensors", "adapter_config.json"
+
+
+def save(folder: Path, built: Built, model: nn.Module) -> None:
+    """Write `model/`."""
+    target = folder / "model"
+    target.mkdir(exist_ok=True)
+    method = built.federation.method
+    if isinstance(method, LoraMethod):
+        from isthmus.models.adapter import Handle
+
+        Handle(model).save(target)
+        changed = method.base(built.federation.state)
+        if changed:
+            _write(target / BACKBONE, changed)
+        return
+    _write(target / WEIGHTS, tensors_of(model))
+
+
+def _write(path: Path, tensors: Tree) -> None:
+    save_file({name: x.detach().contiguous() for name, x in tensors.items()}, str(path))
+
+
+def load(folder: Path, config: Config | None = None) -> nn.Module:
+    """The model of the run in `folder`. Raises `InputError` for a run that has not finished."""
+    target = folder / "model"
+    if not target.is_dir():
+        raise InputError("run", folder, "the folder of a finished run, with model/ in it")
+    if config is None:
+        config = Config.make(Config.read(folder / "config.yaml"))
+    language = (
+        config.model if config.task == "text" and config.model not in (None, *SIZES) else None
+    )
+    task = own.find(config.task, language=language) if language else own.find(config.task)
+    size = config.model if config.model in SIZES else "small"
+    module = task.build(cast(Any, size), config.seed)
+    if (target / ADAPTER).exists():
+        from isthmus.models import adapter
+
+        wrapped = adapter.load(module, target)
+        if (target / BACKBONE).exists():
+            write(wrapped, load_file(str(target / BACKBONE)))
+        return wrapped.eval()
+    return write(module, load_file(str(target / WEIGHTS))).eval()

@@ -1,0 +1,131 @@
+"""Named tensors: the one shape in which weights, updates and states are held.
+
+A *tree* is a flat `dict[str, Tensor]`. A *stacked* tree has one more leading axis,
+one entry per client.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Tree = dict[str, Tensor]
+
+
+class Slot(NamedTuple):
+    """Where one tensor lies in the flat vector: `flat[start:stop].view(shape)`."""
+
+    name: str
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
+Layout = tuple[Slot, ...]
+
+
+def tree_map(
+    function: Callable[..., Tensor], first: Mapping[str, Tensor], *rest: Mapping[str, Tensor]
+) -> Tree:
+    """Apply `function` name by name; every tree has the names of `first`."""
+    return {name: function(x, *(other[name] for other in rest)) for name, x in first.items()}
+
+
+def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float = 1.0) -> Tree:
+    """a + alpha * b, over the names of `a`."""
+    return {name: torch.add(x, b[name], alpha=alpha) for name, x in a.items()}
+
+
+def sub(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tree:
+    """a - b, over the names of `a`."""
+    return {name: x - b[name] for name, x in a.items()}
+
+
+def scale(a: Mapping[str, Tensor], factor: float | Tensor) -> Tree:
+    """factor * a."""
+    return {name: x * factor for name, x in a.items()}
+
+
+def zeros_like(a: Mapping[str, Tensor]) -> Tree:
+    return {name: torch.zeros_like(x) for name, x in a.items()}
+
+
+def clone(a: Mapping[str, Tensor]) -> Tree:
+    return {name: x.detach().clone() for name, x in a.items()}
+
+
+def norm(a: Mapping[str, Tensor]) -> Tensor:
+    """The Euclidean norm of all entries together (a scalar tensor)."""
+    return torch.stack([x.float().square().sum() for x in a.values()]).sum().sqrt()
+
+
+def stack(trees: Sequence[Mapping[str, Tensor]]) -> Tree:
+    """n trees of equal shapes -> one stacked tree `[n, *shape]`."""
+    return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
+
+
+def unstack(stacked: Mapping[str, Tensor]) -> list[Tree]:
+    """One stacked tree -> the list of its n trees (views)."""
+    n = next(iter(stacked.values())).shape[0]
+    return [row(stacked, i) for i in range(n)]
+
+
+def row(stacked: Mapping[str, Tensor], i: int) -> Tree:
+    """The i-th tree of a stacked tree (views)."""
+    return {name: x[i] for name, x in stacked.items()}
+
+
+def weighted_mean(stacked: Mapping[str, Tensor], weights: Tensor) -> Tree:
+    """sum_i w_i x_i over the leading axis, for weights `[n]` that sum to what the caller wants.
+
+    >>> weighted_mean({"x": torch.tensor([[1.0], [4.0]])}, torch.tensor([0.25, 0.75]))
+    {'x': tensor([3.2500])}
+    """
+    return {
+        name: (weights.to(x.dtype) @ x.reshape(x.shape[0], -1)).view(x.shape[1:])
+        for name, x in stacked.items()
+    }
+
+
+def layout(tree: Mapping[str, Tensor], stacked: bool = False) -> Layout:
+    """The places of the tensors in the flat vector, in the order of the tree."""
+    slots, start = [], 0
+    for name, x in tree.items():
+        shape = tuple(x.shape[1:] if stacked else x.shape)
+        stop = start + math.prod(shape)
+        slots.append(Slot(name, start, stop, shape))
+        start = stop
+    return tuple(slots)
+
+
+def flatten(tree: Mapping[str, Tensor]) -> Tensor:
+    """All entries as one vector `[d]`, in the order of the tree."""
+    return torch.cat([x.reshape(-1) for x in tree.values()])
+
+
+def flatten_stacked(stacked: Mapping[str, Tensor]) -> Tensor:
+    """All entries of each client as one row: `[n, d]`."""
+    return torch.cat([x.reshape(x.shape[0], -1) for x in stacked.values()], dim=1)
+
+
+def unflatten(flat: Tensor, slots: Layout) -> Tree:
+    """The inverse of `flatten` (`flat` is `[d]`) and of `flatten_stacked` (`[n, d]`); views."""
+    lead = flat.shape[:-1]
+    return {name: flat[..., start:stop].view(*lead, *shape) for name, start, stop, shape in slots}
+
+
+def nbytes(tree: Mapping[str, Tensor]) -> int:
+    """Bytes of the values alone."""
+    return sum(x.numel() * x.element_size() for x in tree.values())
+
+
+def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """True when names, shapes, dtypes and bits agree."""
+    return a.keys() == b.keys() and all(
+        x.dtype == b[name].dtype and x.shape == b[name].shape and torch.equal(x, b[name])
+        for name, x in a.items()
+    )

@@ -1,0 +1,1 @@
+"""What crosses and what it costs."""

@@ -1,0 +1,297 @@
+"""The described layout: a safetensors file whose `__metadata__` holds the fields.
+
+Fields of fixed width are padded with blanks after their closing quote, which JSON allows, so that
+all heads of one schema and shape are equally long and differ only inside these slots.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, cast
+
+import numpy as np
+import torch
+
+from isthmus.wire.errors import WireError
+from isthmus.wire.fields import FLOATS, NUMBER, SCALARS, Field, Value
+from isthmus.wire.schema import (
+    DTYPES,
+    NAMES,
+    OPEN_HEADER,
+    Message,
+    Place,
+    Schema,
+    Shape,
+    is_int,
+    size,
+)
+
+_ENVELOPE = {"session": NUMBER, "sequence": NUMBER}
+_INTEGER = re.compile(r"-?[0-9]{1,20}")
+_FLOAT = re.compile(r"-?([0-9]{1,20}(\.[0-9]{1,24})?(e[+-]?[0-9]{1,3})?|inf|nan)")
+
+
+class Frame(NamedTuple):
+    """What all heads of one schema and shape share: the text and where its slots begin."""
+
+    text: bytes
+    slots: tuple[tuple[str, Field, int, int], ...]
+    tail: bytes
+
+
+def frame(schema: Schema, places: tuple[Place, ...]) -> Frame:
+    """The frame for tensors in these places, built once."""
+    key = ("described", places)
+    found = schema.frames.get(key)
+    if found is None:
+        text = f'{{"__metadata__":{{"kind":{_quote(schema.kind)}'.encode()
+        slots: list[tuple[str, Field, int, int]] = []
+        for name, item in (_ENVELOPE | dict(schema.fields)).items():
+            if item.dtype not in SCALARS:
+                continue
+            text += f",{_quote(name)}:".encode()
+            width = SCALARS[item.dtype].text + 2
+            slots.append((name, item, 8 + len(text), 8 + len(text) + width))
+            text += b" " * width
+        entries = [
+            f'{_quote(place.name)}:{{"dtype":"{NAMES[place.dtype]}","shape":'
+            f'[{",".join(map(str, place.shape))}],"data_offsets":[{place.start},{place.stop}]}}'
+            for place in places
+        ]
+        tail = "".join(f",{entry}" for entry in entries) + "}"
+        found = schema.keep(key, Frame(text, tuple(slots), ("}" + tail).encode()))
+    return cast(Frame, found)
+
+
+def head(schema: Schema, message: Message, places: tuple[Place, ...]) -> bytes:
+    """Everything before the tensors: length, header, blanks up to a multiple of 8."""
+    base = frame(schema, places)
+    texts = "".join(
+        f",{_quote(name)}:{_text(item, message.fields[name])}"
+        for name, item in schema.fields.items()
+        if item.dtype not in SCALARS
+    )
+    whole = _sealed(base.text + texts.encode() + base.tail)
+    envelope = {"session": message.session, "sequence": message.sequence}
+    for name, item, start, stop in base.slots:
+        value = envelope[name] if name in envelope else message.fields[name]
+        whole[start:stop] = _text(item, value).ljust(stop - start).encode()
+    return bytes(whole)
+
+
+def heads(
+    schema: Schema, columns: Mapping[str, np.ndarray], places: tuple[Place, ...], n: int
+) -> tuple[np.ndarray, list[tuple[int, int, np.ndarray]]]:
+    """The heads of n messages of a fixed schema: the shared bytes, and what fills each slot."""
+    base = frame(schema, places)
+    shared = np.frombuffer(_sealed(base.text + base.tail), np.uint8)
+    filled = [
+        (start, stop, _column(item, columns[name].tolist(), stop - start))
+        for name, item, start, stop in base.slots
+    ]
+    return shared, filled
+
+
+def read_heads(
+    schema: Schema, matrix: np.ndarray, places: tuple[Place, ...], start: int
+) -> dict[str, list[Value]] | None:
+    """The fields of n messages `[n, L]`, or None unless every head is written as `heads` does."""
+    base = frame(schema, places)
+    shared = np.frombuffer(_sealed(base.text + base.tail), np.uint8)
+    if start != len(shared):
+        return None
+    columns: dict[str, list[Value]] = {}
+    last = 0
+    for name, item, low, high in base.slots:
+        if (matrix[:, last:low] != shared[last:low]).any():
+            return None
+        values = _read_column(item, matrix[:, low:high])
+        if values is None:
+            return None
+        columns[name] = values
+        last = high
+    if (matrix[:, last:start] != shared[last:]).any():
+        return None
+    return columns
+
+
+def read_head(
+    schema: Schema, data: memoryview, finite: bool
+) -> tuple[Message, tuple[Place, ...], int]:
+    """Fields, places of the tensors and length of the head, all checked against the schema."""
+    entries, start = read_json(data, schema.header_limit)
+    metadata = entries.pop("__metadata__", None)
+    if not isinstance(metadata, dict):
+        raise WireError("header", "no __metadata__")
+    texts = cast(dict[str, Any], metadata)
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise WireError(name, "metadata that is not text")
+    if texts.pop("kind", None) != schema.kind:
+        raise WireError("kind", f"not a message of kind {schema.kind}")
+    envelope = {
+        name: _parse(name, item, texts.pop(name, "0"), True) for name, item in _ENVELOPE.items()
+    }
+    given = {name: _spec(name, entry, len(data) - start) for name, entry in entries.items()}
+    schema.check_names(texts, given)
+    fields = {name: _parse(name, item, texts[name], finite) for name, item in schema.fields.items()}
+    places = tuple(
+        Place(name, dtype, shape, low, high) for name, (dtype, shape, low, high) in given.items()
+    )
+    for place in places:
+        if schema.tensors is not None:
+            schema.tensors[place.name].check(place.name, place.dtype, place.shape)
+    _covered(places, len(data) - start)
+    session, sequence = cast(int, envelope["session"]), cast(int, envelope["sequence"])
+    return Message(schema.kind, fields, {}, session, sequence), places, start
+
+
+def envelope(data: memoryview) -> tuple[str, int, int]:
+    """Kind, session and sequence that the metadata claims."""
+    metadata = read_json(data, OPEN_HEADER)[0].get("__metadata__")
+    if not isinstance(metadata, dict):
+        raise WireError("header", "no __metadata__")
+    texts = cast(dict[str, Any], metadata)
+    kind, *numbers = (texts.get(name, "0") for name in ("kind", *_ENVELOPE))
+    if "kind" not in texts or not all(isinstance(text, str) for text in (kind, *numbers)):
+        raise WireError("kind", "missing, or no text")
+    session, sequence = (
+        cast(int, _parse(name, item, text, True))
+        for (name, item), text in zip(_ENVELOPE.items(), numbers, strict=True)
+    )
+    return kind, session, sequence
+
+
+def read_json(data: memoryview, limit: int) -> tuple[dict[str, Any], int]:
+    """The header's object and where the tensors begin; bounded by `limit` and the input."""
+    if len(data) < 8:
+        raise WireError("header", f"{len(data)} bytes are no message")
+    (length,) = struct.unpack_from("<Q", data)
+    if length > min(limit, len(data) - 8):
+        raise WireError("header", f"a header of {length} bytes is too long")
+    try:
+        header = json.loads(
+            bytes(data[8 : 8 + length]).decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+        )
+    except WireError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise WireError("header", f"no JSON: {type(error).__name__}") from None
+    if not isinstance(header, dict):
+        raise WireError("header", "not an object")
+    return cast(dict[str, Any], header), 8 + length
+
+
+def _sealed(header: bytes) -> bytearray:
+    """Length first, blanks last, so that the tensors start at a multiple of 8."""
+    padded = header + b" " * (-len(header) % 8)
+    return bytearray(struct.pack("<Q", len(padded)) + padded)
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _text(item: Field, value: Value) -> str:
+    if isinstance(value, bytes):
+        return f'"{base64.b64encode(value).decode()}"'
+    if isinstance(value, str):
+        return _quote(value)
+    if item.dtype == "bool":
+        return '"true"' if value else '"false"'
+    return f'"{value!r}"'
+
+
+def _column(item: Field, values: Sequence[Value], width: int) -> np.ndarray:
+    """The slots of n values `[n, width]`; `[1, width]` when all are the same."""
+    if len(values) > 1 and values.count(values[0]) == len(values) and item.dtype not in FLOATS:
+        values = values[:1]  # floats are left out, as 0.0 equals -0.0
+    joined = "".join([_text(item, value).ljust(width) for value in values])
+    return np.frombuffer(joined.encode(), np.uint8).reshape(-1, width)
+
+
+def _read_column(item: Field, slots: np.ndarray) -> list[Value] | None:
+    """The inverse of `_column`, or None when a slot is not exactly as `_column` writes it."""
+    n, width = slots.shape
+    same = n > 1 and not (slots[1:] != slots[0]).any()
+    block = slots[:1] if same else slots
+    text = block.tobytes().decode("latin-1")
+    words = [word[1:-1] for word in text.split(" ") if word]
+    try:
+        if item.dtype == "bool":
+            values: list[Value] = [word == "true" for word in words]
+        else:
+            values = list(map(float if item.dtype in FLOATS else int, words))
+    except ValueError:
+        return None
+    # Written again and compared: whatever was read too kindly above shows here.
+    if "".join([_text(item, value).ljust(width) for value in values]) != text:
+        return None
+    return values * n if same else values
+
+
+def _parse(name: str, item: Field, text: str, finite: bool) -> Value:
+    if item.dtype == "str":
+        return item.check(name, text)
+    if item.dtype == "bytes":
+        if len(text) > 4 * (item.limit // 3 + 1):
+            raise WireError(name, f"longer than {item.limit} bytes")
+        try:
+            return item.check(name, base64.b64decode(text.encode("ascii"), validate=True))
+        except (binascii.Error, UnicodeEncodeError):
+            raise WireError(name, "no base64") from None
+    if item.dtype == "bool":
+        if text not in ("true", "false"):
+            raise WireError(name, "neither true nor false")
+        return text == "true"
+    pattern, number = (_FLOAT, float) if item.dtype in FLOATS else (_INTEGER, int)
+    if not pattern.fullmatch(text):
+        raise WireError(name, f"{text[:24]!r} is no {item.dtype}")
+    return item.check(name, number(text), finite)
+
+
+def _spec(name: str, entry: Any, room: int) -> tuple[torch.dtype, Shape, int, int]:
+    match entry:
+        case {"dtype": str(word), "shape": list(), "data_offsets": [low, high]}:
+            axes = cast(list[Any], entry["shape"])
+            if len(entry) != 3 or not all(is_int(axis) and axis >= 0 for axis in axes):
+                raise WireError(name, "a bad shape or an unknown entry")
+            if word not in DTYPES:
+                raise WireError(name, f"unknown type {word[:16]}")
+            if len(axes) > 64 or not (is_int(low) and is_int(high) and 0 <= low <= high <= room):
+                raise WireError(name, f"does not lie within {room} bytes")
+            dtype, sizes = DTYPES[word], tuple(cast(list[int], axes))
+            if size(name, dtype, sizes, room) != high - low:
+                raise WireError(name, f"{high - low} bytes are no {word} of shape {list(sizes)}")
+            return dtype, sizes, low, high
+        case _:
+            raise WireError(name, "not dtype, shape and data_offsets")
+
+
+def _covered(places: Sequence[Place], total: int) -> None:
+    """The tensors lie side by side and fill the message: nothing hidden, nothing shared."""
+    end = 0
+    for place in sorted(places, key=lambda place: (place.start, place.stop)):
+        if place.start != end:
+            raise WireError(place.name, f"begins at {place.start}, expected {end}")
+        end = place.stop
+    if end != total:
+        raise WireError("tensors", f"{total - end} bytes left over")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise WireError("header", "a name is given twice")
+    return found
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise WireError("header", f"{word} is no JSON")
