@@ -72,11 +72,10 @@ def test_devices_add_up_to_the_totals(three: list[Path]) -> None:
 def test_bytes_moved_grow_round_by_round(three: list[Path]) -> None:
     run = read_all(three)[1]
     rows = _rows(three[1], "ledger")
-    for point in account.curve(run, account.qualities([run])[0]).points:
-        expected = sum(
-            r["bytes"] for r in rows if r["what"] == "crossing" and r["round"] <= point.round
-        )
-        assert account.moved(run, point) == expected
+    points = account.curve(run, account.qualities([run])[0]).points
+    crossings = [(r["round"], r["bytes"]) for r in rows if r["what"] == "crossing"]
+    expected = [sum(count for r, count in crossings if r <= point.round) for point in points]
+    assert account.moved(run, points) == expected and len(set(expected)) == 6
 
 
 def _run(folder: Path, metrics: list[dict[str, Any]], ledger: list[dict[str, Any]]) -> RunData:
@@ -92,11 +91,8 @@ def test_entries_without_a_round_count_by_their_time(tmp_path: Path) -> None:
     ledger = [crossing | {"t": 1.0, "bytes": 5}, crossing | {"t": 4.0, "bytes": 11}]
     ledger += [crossing | {"t": 9.0, "bytes": 100, "round": 2}]
     run = _run(tmp_path / "run", [], ledger)
-    assert [account.moved(run, Point(r, t, 0.0)) for r, t in ((1, 3.0), (1, 4.0), (2, 3.0))] == [
-        5,
-        16,
-        105,
-    ]
+    points = [Point(r, t, 0.0) for r, t in ((1, 3.0), (1, 4.0), (2, 3.0))]
+    assert account.moved(run, points) == [5, 16, 105]
 
 
 def test_a_personal_model_is_the_one_that_counts(tmp_path: Path) -> None:

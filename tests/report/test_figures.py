@@ -94,28 +94,33 @@ def test_a_run_keeps_its_colour(three: list[Path]) -> None:
 def test_the_worst_devices_are_drawn_and_ringed_among_many(
     tmp_path: Path, write_run: Callable[..., Path]
 ) -> None:
-    folder = write_run(tmp_path / "run", "fedit")
     rng = np.random.default_rng(3)
-    after = rng.permutation(300) / 10.0 + 20
-    rows = [
-        {
-            "round": r,
-            "t": r,
-            "scope": f"client/{i}",
-            "split": "test",
-            "perplexity": float(v + 9 * (1 - r)),
-        }
-        for r in (0, 1)
-        for i, v in enumerate(after)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    runs = read_all([folder])
+    bad, good = rng.permutation(300) / 10.0 + 20, rng.permutation(300) / 100.0 + 5
+    folders = [write_run(tmp_path / "bad", "fedit"), write_run(tmp_path / "good", "fedmomentum")]
+    for folder, after in zip(folders, (bad, good), strict=True):
+        rows = [
+            {
+                "round": r,
+                "t": r,
+                "scope": f"client/{i}",
+                "split": "test",
+                "perplexity": value + 9 - 9 * r,
+            }
+            for r in (0, 1)
+            for i, value in enumerate(after.tolist())
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = read_all(folders)
     chart = figures.before_after(runs, account.qualities(runs)[0])
-    (drawn,) = [rows for rows in _data(chart) if "device" in rows[0]][:1]
-    assert 5 <= len(drawn) <= 60
-    assert [row["device"] for row in drawn if row["worst"]] == [f"client {int(after.argmax())}"]
+    drawn = next(rows for rows in _data(chart) if "device" in rows[0])
     kept = {row["device"] for row in drawn}
-    assert kept == {f"client {i}" for i in np.argsort(-after)[: len(drawn)]}
+    assert len(drawn) == 2 * len(kept) and 5 <= len(kept) <= 40
+    ringed = {row["run"]: row["device"] for row in drawn if row["worst"]}
+    outlier = f"client {int(good.argmax())}"
+    assert ringed == {"fedit": f"client {int(bad.argmax())}", "fedmomentum": outlier}
+    worst = [f"client {i}" for i in np.argsort(-bad)]
+    assert outlier not in worst[: len(kept)]
+    assert kept == {outlier, *worst[: len(kept) - 1]}
 
 
 def test_epsilon_is_the_worst_party_of_each_round(three: list[Path]) -> None:

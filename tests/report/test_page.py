@@ -107,7 +107,7 @@ def test_the_table_of_the_page_is_the_closing_table(page: Page, three_once: list
 
 
 def test_text_from_files_is_inert(tmp_path: Path, write_run: Callable[..., Path]) -> None:
-    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}"
+    evil = "</script ><script >alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}"
     folder = write_run(tmp_path / "run", "fedit", evil)
     for name in ("metrics.jsonl", "ledger.jsonl"):
         text = (folder / name).read_text()
@@ -117,6 +117,7 @@ def test_text_from_files_is_inert(tmp_path: Path, write_run: Callable[..., Path]
     (folder / "config.yaml").write_text(config + f"# {evil}\n")
     page = Page(report.write([folder], tmp_path / "report.html"))
     assert sum(tag == "script" for tag, _ in page.elements) == 3
+    assert not set("<>&") & set(page.inside("script")[0])
     assert not any(tag == "img" or "onerror" in attrs for tag, attrs in page.elements)
     assert evil in "".join(page.inside("h1")) and evil in "".join(page.inside("pre"))
     assert "49" not in "".join(page.inside("h1"))

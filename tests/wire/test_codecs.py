@@ -328,7 +328,6 @@ def test_stochastic_rounding_is_unbiased(codec: Codec) -> None:
     decoded = codec.decode_many(codec.encode_many(stacked, seeds.keys(9, range(n))))["x"]
     levels = 127 if isinstance(codec, Int8) else 7
     step = (x.abs().amax(1, keepdim=True) if codec.per_row else x.abs().max()) / levels
-    step = step * (1 + 2.0**-22)
     part = x / step - torch.floor(x / step)
     assert ((decoded - x).abs() < step * (1 + 1e-9)).all()
     # The mean of n two-point draws: within 5 standard errors, plus the declared 2^-17 of a step.
@@ -356,6 +355,27 @@ def test_extreme_scales_never_wrap_around(codec: Codec, scale: float) -> None:
     levels = 127 if isinstance(codec, Int8) else 7
     assert decoded.isfinite().all()
     assert ((decoded - x).abs() <= max(scale / levels, 2.0**-100) * 1.001).all()
+
+
+@pytest.mark.parametrize("codec", [Int8("stochastic"), Int4("stochastic")])
+def test_the_largest_entry_stays_on_the_largest_code(codec: Codec) -> None:
+    # Rounding errors depend on the digits of the largest entry; one unit too many, and a draw in
+    # 65536 would wrap around to the lowest code.
+    tops = 1 + torch.arange(0, 2**23, 41).float() * 2.0**-23
+    step = codec.encode_many({"x": tops[:, None]}, torch.arange(len(tops))).tensors["x:scale"]
+    units = torch.round(tops * (65536 / step))
+    assert (units == codec.levels * 65536).all()
+
+
+def test_a_code_that_is_never_sent_is_refused() -> None:
+    for codec, code in (
+        (Int8(), torch.tensor([-128, 3], dtype=torch.int8)),
+        (Int4(), torch.tensor([0x80], dtype=torch.uint8)),
+    ):
+        payload = codec.encode({"x": torch.tensor([1.0, 2.0])}, 0)
+        payload.tensors["x"] = code
+        with pytest.raises(WireError, match=r"^x: a code below"):
+            codec.decode(payload)
 
 
 def test_half_of_the_draws_of_a_half_go_up_whatever_the_place() -> None:
@@ -401,6 +421,10 @@ def test_sign_against_the_formula() -> None:
     decoded = Sign().decode(Sign().encode({"x": x}, 0))["x"]
     sign = torch.where(x >= 0, 1.0, -1.0).double()
     assert torch.allclose(decoded, sign * x.abs().mean(), rtol=1e-12)
+    big = sample(2 * CHUNK + 5)
+    assert torch.isclose(
+        Sign().encode({"x": big}, 0).tensors["x:scale"], big.abs().mean(), rtol=1e-12
+    )
     # ||C(x) - x||^2 = ||x||^2 - ||x||_1^2 / d: a contraction.
     left = (decoded - x).square().sum()
     assert torch.isclose(left, x.square().sum() - x.abs().sum() ** 2 / x.numel())
@@ -421,6 +445,14 @@ def test_topk_keeps_the_largest_magnitudes() -> None:
     bound = big.abs().sort(descending=True).values[99]
     assert torch.equal(decoded, torch.where(big.abs() >= bound, big, 0.0))
     assert torch.equal(TopK(1.0).decode(TopK(1.0).encode({"x": big}, 0))["x"], big)
+
+
+@pytest.mark.parametrize("index", [[-1, 5], [5, 5], [6, 5], [5, 70_000]])
+def test_places_out_of_order_or_range_are_refused(index: list[int]) -> None:
+    payload = TopK(2 / 70_000).encode({"x": torch.arange(70_000.0)}, 0)
+    payload.tensors["x:index"] = torch.tensor(index, dtype=torch.int32)
+    with pytest.raises(WireError, match="x:index"):
+        TopK(2 / 70_000).decode(payload)
 
 
 def test_topk_then_integers_quantises_the_kept_values() -> None:

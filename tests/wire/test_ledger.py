@@ -136,6 +136,9 @@ def test_times_are_kept_to_the_picosecond() -> None:
     ledger.work(party="a", kind="w", t=0.1, seconds=1.23456789012345e-9, flops=3e15 + 1)
     row = content(ledger)[0]
     assert (row["t"], row["seconds"], row["flops"]) == (0.1, 1.235e-9, 3e15 + 1)
+    late = np.random.default_rng(0).random(500) * 1e6 + 8192.0  # doubles are coarser there
+    ledger.work_many(party="a", kind="w", t=late)
+    assert ledger.table()["t"][1:].tolist() == late.tolist()
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,16 @@ def test_heads_written_in_another_way_are_still_read() -> None:
     assert fields == COLUMNS and trees.equal(tensors, STACKED)
 
 
+def test_what_only_a_kind_reader_would_take_is_refused_in_a_cohort_too() -> None:
+    whole = encode_many(SCHEMA, COLUMNS, STACKED)
+    for given in (b'"+1" ', b'"1_0"', b"'1'  ", b'" 1" '):
+        parts = [bytes(whole[i]) for i in range(3)]
+        parts[1] = parts[1].replace(b'"n":"1"  ', b'"n":' + given)
+        assert len(parts[1]) == len(parts[0])
+        with pytest.raises(WireError):
+            decode_many(joined(parts), SCHEMA)
+
+
 def test_messages_of_other_kinds_and_mixed_layouts() -> None:
     whole = [encode_many(SCHEMA, COLUMNS, STACKED, layout) for layout in LAYOUTS]
     mixed = [bytes(whole[i % 2][i]) for i in range(3)]

@@ -97,6 +97,7 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _pretrained(source: str | Path, dtype: torch.dtype, attention: str) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -114,7 +115,7 @@ def _pretrained(source: str | Path, dtype: torch.dtype, attention: str) -> tuple
             use_safetensors=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=here)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         allowed = "a causal language model in the Hugging Face layout, with safetensors"
         raise InputError("model", source, allowed) from error
     finally:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 UNKNOWN, BEGIN, END, BYTES = 0, 1, 2, 3
+LONGEST = 256  # bytes of a piece; the work of finding its parts grows with the square
 TOKENIZERS = ("tok{vocab}.bin", "tokenizer.bin")
 
 
@@ -172,7 +173,7 @@ def _pieces(path: Path, vocab: int) -> tuple[list[str], list[float]]:
     data = path.read_bytes()
     if vocab < BYTES + 256 or len(data) < 4 + 8 * vocab:
         raise InputError(path.name, f"{len(data)} bytes", f"a tokenizer of {vocab} pieces")
-    (longest,) = struct.unpack_from("<i", data)
+    longest = min(struct.unpack_from("<i", data)[0], LONGEST)
     at, pieces, scores = 4, [], []
     for i in range(vocab):
         score, length = struct.unpack_from("<fi", data, at) if at + 8 <= len(data) else (0.0, -1)

@@ -210,12 +210,16 @@ def crossings(run: RunData) -> Table:
     return run.ledger.where(run.ledger["what"] == "crossing")
 
 
-def moved(run: RunData, at: Point) -> int:
-    """Bytes moved in any direction until the end of a point's round (by time, without rounds)."""
+def moved(run: RunData, points: Sequence[Point]) -> list[int]:
+    """Bytes moved either way until the end of each point's round (by time, where rounds lack)."""
     table = crossings(run)
-    dated = table["round"] >= 0
-    done = np.where(dated, table["round"] <= at.round, table["t"] <= at.t)
-    return int(table["bytes"][done].sum())
+    counts, times, rounds = table["bytes"], table["t"], table["round"]
+    dated = rounds >= 0
+    sums = []
+    for point in points:
+        done = np.where(dated, rounds <= point.round, times <= point.t)
+        sums.append(int(counts[done].sum()))
+    return sums
 
 
 def virtual_seconds(run: RunData) -> float:

@@ -52,8 +52,8 @@ def quality_bytes(runs: Sequence[RunData], quality: Quality) -> Chart | None:
     still: dict[str, float] = {}
     for run in runs:
         reached = [p for p in account.curve(run, quality).points if math.isfinite(p.value)]
-        at = [(account.moved(run, p), p.value) for p in reached]
-        points[run.title] = [(count, value) for count, value in at if count > 0]
+        at = zip(account.moved(run, reached), reached, strict=True)
+        points[run.title] = [(count, point.value) for count, point in at if count > 0]
         if reached and reached[-1].round > 0 and not points[run.title]:
             still[run.title] = reached[-1].value
     axis = alt.Axis(labelExpr=marks.BYTES, tickCount=5, title="bytes moved so far, log scale")

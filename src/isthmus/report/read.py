@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,13 +136,14 @@ def read_all(folders: Sequence[Path | str]) -> list[RunData]:
     if not folders:
         raise InputError("runs", "none", "one or more run folders")
     runs = [RunData.read(folder) for folder in folders]
+    shared = Counter(run.title for run in runs)
     taken: set[str] = set()
     for index, run in enumerate(runs):
-        title = run.title
-        if sum(other.title == title for other in runs) > 1:
-            title = f"{run.title} ({run.name})"
+        base = title = run.title if shared[run.title] == 1 else f"{run.title} ({run.name})"
+        number = 1
         while title in taken:
-            title += "'"
+            number += 1
+            title = f"{base} {number}"
         taken.add(title)
         runs[index] = replace(run, title=title)
     return runs

@@ -30,7 +30,7 @@ from isthmus.tasks.text import documents
 from isthmus.tasks.text.documents import Document
 from isthmus.tree import Tree
 
-LENGTH: dict[str, int] = {"tiny": 64, "small": 128, "paper": 256}
+LENGTH: dict[str, int] = {"tiny": 32, "small": 128, "paper": 256}
 TINY_OWNERS, TINY_DOCUMENTS = 4, 120
 
 
@@ -66,7 +66,7 @@ class Text(Task):
     """Columns `tokens` `[L]`, `labels` `[L]` (the next tokens, -100: not counted), `bytes`.
 
     `language` is any name that `isthmus.models.language.load` knows. `build` gives that model
-    with its own weights, except for `tiny`: a new model of two layers of width 64. L is 64, 128
+    with its own weights, except for `tiny`: a new model of two layers of width 64. L is 32, 128
     and 256 for `tiny`, `small` and `paper`; `tiny` takes 120 documents of four owners.
     """
 
@@ -151,7 +151,7 @@ class Text(Task):
 
     def stages(self) -> list[Stage]:
         roles = (("*inv_freq", "frozen"), ("*", "shared"))
-        return [Stage("tune", self.loss, roles, optimiser="adamw", lr=3e-3, batch_size=16)]
+        return [Stage("tune", self.loss, roles, optimiser="adamw", lr=3e-3, batch_size=8)]
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy per counted token (nats), tokens of an item weighing as the item."""
@@ -222,8 +222,10 @@ def _rows(
             rows.append(row(piece[:-1], piece[1:]))
     for text in texts:
         if text.prompt:
-            prompt = [end, *ids(text.prompt)][-(length // 2) :]  # room for what is learned
-            whole = [*prompt, *ids(text.text), end][: length + 1]
+            answer = [*ids(text.text), end]
+            kept = max(length // 2, length + 1 - len(answer))  # the prompt makes room, to a half
+            prompt = [end, *ids(text.prompt)][-kept:]
+            whole = (prompt + answer)[: length + 1]
             labels = [IGNORE] * (len(prompt) - 1) + whole[len(prompt) :]
             rows.append(row(whole[:-1], labels))
     return rows

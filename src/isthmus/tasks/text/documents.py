@@ -82,7 +82,7 @@ def _speech(block: str) -> Document | None:
 
 def _jsonl(name: str, text: str) -> Iterator[Document]:
     """Rows `{"text", "group"}`, or `{"instruction", "context", "response", "category"}`."""
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
