@@ -14,8 +14,7 @@ from isthmus import tree
 from isthmus.tree import Tree
 
 
-@dataclass(frozen=True)
-class Meta:
+class Meta(NamedTuple):
     """Declared scalars about one upload; the only thing weights may depend on."""
 
     client: int

@@ -212,9 +212,9 @@ def test_heads_written_in_another_way_are_still_read() -> None:
 
 def test_what_only_a_kind_reader_would_take_is_refused_in_a_cohort_too() -> None:
     whole = encode_many(SCHEMA, COLUMNS, STACKED)
-    for given in (b'"+1" ', b'"1_0"', b"'1'  ", b'" 1" '):
+    for text in (b'"+1" ', b'"1_0"', b"'1'  ", b'" 1" '):
         parts = [bytes(whole[i]) for i in range(3)]
-        parts[1] = parts[1].replace(b'"n":"1"  ', b'"n":' + given)
+        parts[1] = parts[1].replace(b'"n":"1"  ', b'"n":' + text)
         assert len(parts[1]) == len(parts[0])
         with pytest.raises(WireError):
             decode_many(joined(parts), SCHEMA)

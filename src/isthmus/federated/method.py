@@ -149,6 +149,14 @@ class Method:
         """Tensors of which a client of smaller rank holds and sends a slice: name -> axis."""
         return {}
 
+    def origin(self, state: State, down: Tree, round: int) -> Tree:
+        """The tensors from which uploaded `values` are measured where a change is bounded."""
+        return {}
+
+    def nothing(self, state: State) -> Reduced:
+        """What a round without uploads is reduced to; central noise is added to it all the same."""
+        return Reduced(tree.zeros_like(state["shared"]))
+
     # -- the ten hooks ------------------------------------------------------------------
 
     def send(self, state: State, known: Known) -> Tree:

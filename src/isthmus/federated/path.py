@@ -105,32 +105,61 @@ class Path:
         """
         crossing = _sliced(sent, rank, axes or {})
         stacked = {name: x.unsqueeze(0) for name, x in crossing.items()}
-        payload = self.download.encode_many(stacked, [key], declared=True)
+        plain = _plain(self.download)
+        payload = (
+            Payload(stacked) if plain else self.download.encode_many(stacked, [key], declared=True)
+        )
         schema, template = self._schema("model", _MODEL, _DOWN, stacked, payload.tensors)
         parcel = encode_many(schema, {"round": [round]}, payload.tensors)
         _, tensors = decode_many(parcel, schema)
-        got = self.download.decode_many(Payload(tensors, {}, 1), template)
+        got = tensors if plain else self.download.decode_many(Payload(tensors, {}, 1), template)
         arrived = _widened(tree.row(got, 0), sent)
         return arrived, int(parcel.sizes[0]), _values(payload.tensors)
 
     # -- up -----------------------------------------------------------------------------
 
-    def up(self, updates: Updates, kept: Tree, keys: np.ndarray, key: int) -> Sent:
+    def up(
+        self,
+        updates: Updates,
+        kept: Tree,
+        keys: np.ndarray,
+        key: int,
+        origin: Callable[[], Tree] = dict,
+    ) -> Sent:
         """Everything that happens to the uploads of a cohort until the server has decoded them.
 
-        `kept` is what the clients keep, stacked; the codec's memory is added to it.
+        `kept` is what the clients keep, stacked; the codec's memory is added to it. `origin()`
+        gives the tensors from which `values` are measured where a change is bounded or noised.
         """
         honest = updates
         events: list[dict[str, Any]] = []
         if self.clip is not None:
-            updates = _over(updates, self.clip)
+            updates = _over(updates, self.clip, origin())
         if self.local is not None:
-            noised = self.local.local(_joined(updates, NOISED), seeds.keys_of(keys, _LOCAL_NOISE))
-            updates = replace(updates, **_split(noised.tensors, NOISED), flat=None)
-            events.append(noised.event)
+            local, own = self.local, seeds.keys_of(keys, _LOCAL_NOISE)
+
+            def noise(tensors: Tree) -> Tree:
+                noised = local.local(tensors, own)
+                events.append(noised.event)
+                return noised.tensors
+
+            updates = _over(updates, noise, origin())
         if self.attack is not None:
             updates = self._attacked(honest, updates, key)
-        return self._cross(updates, kept, keys, events)
+        if self.guard == "raise" or _plain(self.codec):
+            return self._cross(updates, kept, keys, events)
+        return self._cross_sound(updates, kept, keys, events)
+
+    def _cross_sound(
+        self, updates: Updates, kept: Tree, keys: np.ndarray, events: list[dict[str, Any]]
+    ) -> Sent:
+        """`_cross` with the guard in front: NaN has no code, so it cannot be left to the server."""
+        sound = self._guarded(updates)
+        rows = [updates.clients.index(client) for client in sound.clients]
+        index = torch.tensor(rows)
+        sent = self._cross(sound, {n: x[index] for n, x in kept.items()}, keys[rows], events)
+        back = {name: x.index_copy(0, index, sent.kept[name]) for name, x in kept.items()}
+        return sent._replace(kept=back)
 
     def _attacked(self, honest: Updates, updates: Updates, key: int) -> Updates:
         """Put the attacker's uploads in place of those of the clients it holds."""
@@ -182,13 +211,16 @@ class Path:
         if rank is not None:
             some = replace(some, values=_sliced(wide, rank, self.axes))
         tensors = _joined(some)
-        own = torch.from_numpy(seeds.keys_of(keys[rows], _CODEC))
+        own = seeds.keys_of(keys[rows], _CODEC)
         memory: Tree = {}
-        if self.feedback is None:
+        plain = _plain(self.codec)
+        if plain:
+            payload = Payload(tensors, {}, len(rows))
+        elif self.feedback is None:
             payload = self.codec.encode_many(tensors, own, declared=True)
         else:
             index = torch.from_numpy(rows)
-            before = {name: kept[MEMORY + name][index] for name in tensors}
+            before = {n: kept[MEMORY + n][index] for n in tensors if MEMORY + n in kept}
             payload, after = self.feedback.step_many(tensors, own, before, declared=True)
             memory = {MEMORY + name: x for name, x in after.items()}
         schema, template = self._schema("update", _UPDATE, FIELDS, tensors, payload.tensors)
@@ -202,7 +234,9 @@ class Path:
         }
         parcel = encode_many(schema, fields, payload.tensors)
         _, arrived = decode_many(parcel, schema, finite=self.guard == "raise")
-        got = self.codec.decode_many(Payload(arrived, {}, len(rows)), template)
+        got = (
+            arrived if plain else self.codec.decode_many(Payload(arrived, {}, len(rows)), template)
+        )
         parted = _split(got)
         if rank is not None:
             parted["values"] = _widened(parted["values"], wide)
@@ -238,42 +272,55 @@ class Path:
         self, method: Method, state: State, updates: Updates, ctx: Context
     ) -> tuple[Reduced, Updates]:
         """Guard, clip again, select, reduce, noise: what `server` gets, and the uploads used."""
-        updates = self._guarded(updates)
+        if self.guard != "raise":  # decoding has raised already
+            updates = self._guarded(updates)
         weights = method.weigh(updates.meta)
         if self.central is not None:
-            updates = _over(updates, self.central.clipped)
+            origin = method.origin(state, ctx.extras.get("down", {}), ctx.round)
+            updates = _over(updates, self.central.clipped, origin)
             weights = torch.full_like(weights, self.central.weight)
         accepted = torch.ones(len(updates), dtype=torch.bool)
+        given = False  # a selector's own weights need not sum to 1
         for selector in self.selectors:
             selection = selector.select(updates, ctx)
             accepted &= selection.accepted
+            given = given or selection.weights is not None
             weights = weights if selection.weights is None else selection.weights
         if self.selectors:
-            weights = torch.where(accepted, weights, 0.0)
+            weights = weights[accepted]
             if not float(weights.sum()) > 0:
                 raise InputError("selector", "no upload accepted", "at least one")
-            rows = accepted.nonzero().flatten().tolist()
-            updates = updates.take(rows)
-            weights = weights[accepted] / weights.sum()
+            updates = updates.take(accepted.nonzero().flatten().tolist())
+            weights = weights if given else weights / weights.sum()
         reduced = method.reduce(state, updates, weights, ctx)
-        if self.central is not None:
-            noise = self.central.central(reduced.tensors, seeds.fold(ctx.key, _CENTRAL_NOISE))
-            reduced = replace(reduced, tensors=noise.tensors)
-            reduced.diag["privacy"] = noise.event
+        reduced = self.noised(reduced, ctx.key)
         reduced.diag["accepted"] = updates.clients
         return reduced, updates
 
+    def noised(self, reduced: Reduced, key: int) -> Reduced:
+        """Central noise on everything that was reduced; the event is `diag["privacy"]`."""
+        if self.central is None:
+            return reduced
+        parts = {"delta": reduced.tensors, "values": reduced.values, "buffers": reduced.buffers}
+        total = {f"{part}/{name}": x for part, held in parts.items() for name, x in held.items()}
+        noise = self.central.central(total, int(seeds.fold(key, _CENTRAL_NOISE)))
+        own = _split(noise.tensors, NOISED)
+        return replace(
+            reduced,
+            tensors=own["delta"],
+            values=own["values"],
+            buffers=own["buffers"],
+            diag={**reduced.diag, "privacy": noise.event},
+        )
+
     def _guarded(self, updates: Updates) -> Updates:
-        """The finite guard: `raise` names a client, `drop` leaves it out, `clip` zeroes entries."""
+        """The finite guard: `drop` leaves a client with NaN or infinity out, `clip` zeroes them."""
         tensors = _joined(updates)
         if all(_finite(x) for x in tensors.values()):
             return updates
         good = torch.stack(
             [torch.isfinite(x).reshape(len(updates), -1).all(1) for x in tensors.values()]
         ).all(0)
-        bad = [updates.clients[i] for i in (~good).nonzero().flatten().tolist()]
-        if self.guard == "raise":
-            raise WireError("update", f"NaN or infinity from client {bad[0]}")
         if self.guard == "clip":
             cleaned = {name: torch.nan_to_num(x, 0.0, 0.0, 0.0) for name, x in tensors.items()}
             return Updates(**_split(cleaned), meta=updates.meta)
@@ -283,6 +330,11 @@ class Path:
 
 
 _LOCAL_NOISE, _CODEC, _CENTRAL_NOISE = 101, 102, 103
+
+
+def _plain(codec: Codec) -> bool:
+    """True when tensors are sent as they are, so that there is nothing to encode."""
+    return isinstance(codec, Dense) and codec.format == "exact"
 
 
 def _finite(x: Tensor) -> bool:
@@ -306,9 +358,16 @@ def _split(flat: Tree, parts: Sequence[str] = PARTS) -> dict[str, Tree]:
     return split
 
 
-def _over(updates: Updates, function: Callable[[Tree], Tree]) -> Updates:
-    """The uploads with `function` applied to all that is bounded and noised, at once."""
-    return replace(updates, **_split(function(_joined(updates, NOISED)), NOISED), flat=None)
+def _over(updates: Updates, function: Callable[[Tree], Tree], origin: Tree) -> Updates:
+    """The uploads with `function` applied to all that is bounded and noised, at once.
+
+    Values that have an origin are measured from it: what is bounded is always a change.
+    """
+    values = {n: x - origin[n] if n in origin else x for n, x in updates.values.items()}
+    joined = _joined(replace(updates, values=values), NOISED)
+    parts = _split(function(joined), NOISED)
+    parts["values"] = {n: x + origin[n] if n in origin else x for n, x in parts["values"].items()}
+    return replace(updates, **parts, flat=None)
 
 
 def _values(tensors: Tree) -> int:

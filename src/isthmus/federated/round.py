@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from isthmus import seeds, tree
-from isthmus.contracts import Context, Meta, Reduced, Updates
+from isthmus import seeds
+from isthmus.contracts import Context, Meta, Updates
 from isthmus.federated.cohort import Cohort, Done, Executor, Ground
 from isthmus.federated.method import Known, Method, State
-from isthmus.federated.path import MEMORY, Path
+from isthmus.federated.path import MEMORY, Path, Sent
 from isthmus.federated.schedulers.sync import Sync
 from isthmus.federated.store import ClientStore
 from isthmus.tree import Tree
@@ -97,10 +98,9 @@ class Federation:
     def _nobody(self, key: int) -> Report:
         """A round without clients: the server learns nothing, but its noise is still added."""
         if self.path.central is not None:
-            shared = self.state["shared"]
-            noise = self.path.central.central(tree.zeros_like(shared), key)
-            self.ledger.privacy(self.now, SERVER, noise.event, self.round)
-            self.state = self.method.server(self.state, Reduced(noise.tensors), [])
+            reduced = self.path.noised(self.method.nothing(self.state), key)
+            self.ledger.privacy(self.now, SERVER, reduced.diag["privacy"], self.round)
+            self.state = self.method.server(self.state, reduced, [])
         return Report(self.round, self.now, float("nan"), {}, [], [], {})
 
     # -- down ---------------------------------------------------------------------------
@@ -217,11 +217,29 @@ class Federation:
             self.store.put(cohort.clients, self.round, left)
             self.now = float(finished.max())
             return Report(self.round, self.now, loss, aux, clients, clients, {})
-        sent = self.path.up(updates, left, cohort.keys, seeds.fold(key, 3))
-        self.store.put(cohort.clients, self.round, sent.kept)
-        names = [f"client/{client}" for client in clients]
+        origin = partial(self.method.origin, self.state, cohort.downs[0], self.round)
+        sent = self.path.up(updates, left, cohort.keys, int(seeds.fold(key, 3)), origin)
+        return self._upload(cohort, sent, finished, loss, aux, key)
+
+    def _upload(
+        self,
+        cohort: Cohort,
+        sent: Sent,
+        finished: np.ndarray,
+        loss: float,
+        aux: dict[str, float],
+        key: int,
+    ) -> Report:
+        """Send what was coded; what arrives is mixed.
+
+        A client whose upload does not arrive keeps what it had, as if it had not been asked.
+        """
+        senders = np.array(sent.updates.clients)
+        if len(senders) < len(cohort):
+            finished = finished[np.isin(cohort.clients, senders)]
+        names = [f"client/{client}" for client in senders.tolist()]
         delivery = self.link.send_many(
-            sent.bytes, "up", finished, key=seeds.fold(key, 4), index=cohort.clients
+            sent.bytes, "up", finished, key=int(seeds.fold(key, 4)), index=senders
         )
         delivery.enter(
             self.ledger,
@@ -230,17 +248,21 @@ class Federation:
             kind="update",
             values=sent.values,
             round=self.round,
-            sequence=cohort.clients,
+            sequence=senders,
         )
-        self.now = float(np.max(delivery.done))
+        self.now = float(delivery.done.max())
         for event in sent.events:
             for name in names:
                 self.ledger.privacy(self.now, name, event, self.round)
-        arrived = sent.updates
+        arrived, kept = sent.updates, sent.kept
         if not delivery.delivered.all():
             arrived = arrived.take(np.flatnonzero(delivery.delivered).tolist())
+        if len(arrived) < len(cohort):
+            kept = _rows(kept, np.isin(cohort.clients, arrived.clients))
+        self.store.put(np.array(arrived.clients, np.int64), self.round, kept)
         if not len(arrived):
             return self._nobody(key)
+        clients = cohort.clients.tolist()
         return self._mix(arrived, cohort.downs[0], clients, loss, aux, int(seeds.fold(key, 5)))
 
     def _mix(

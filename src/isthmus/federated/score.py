@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import nn
 
 from isthmus import tree
 from isthmus.federated.round import Federation
+from isthmus.learn.recalibrate import recalibrate
 from isthmus.models.bind import bind
 from isthmus.tasks.contract import Items, Task
 from isthmus.tree import Tree
@@ -33,6 +34,28 @@ def model_of(fed: Federation, kept: Tree) -> Tree:
     return {**fed.ground.base, **fed.method.base(fed.state), **fed.method.served(fed.state), **own}
 
 
+def recalibrated(fed: Federation, task: Task, tensors: Tree, clients: Iterable[int]) -> Tree:
+    """`tensors` with the statistics that the training items of `clients` give for these weights.
+
+    Every client adds the sums of its own batches. This belongs to measuring a model, not to the
+    protocol, so nothing is entered in the ledger.
+    """
+    names = fed.method.names.recalibrate
+    if not names:
+        return tensors
+
+    def batches() -> Iterator[tuple[Tree, int]]:
+        for client in clients:
+            rows = fed.ground.owned.rows(client)
+            for part in np.array_split(rows, max(1, -(-len(rows) // BATCH))):
+                index = torch.from_numpy(part)
+                columns = {name: x[index] for name, x in fed.ground.columns.items()}
+                yield task.inputs(columns), len(part)
+
+    fresh = recalibrate(fed.ground.module, tensors, names, task.predict, batches())
+    return {**tensors, **fresh}
+
+
 def personal(fed: Federation) -> bool:
     """True when clients predict with models of their own."""
     return bool(fed.method.names.local)
@@ -42,7 +65,7 @@ def evaluate(
     task: Task, method: Any, module: nn.Module, tensors: Tree, items: Items, kept: Tree
 ) -> Tree:
     """The sums of the task's metric for one model over all `items`."""
-    bound = bind(module, tensors)
+    bound = bind(module, tensors).eval()
     state = task.metric.init()
     step = rows_at_once(items)
     with torch.no_grad():
@@ -65,7 +88,9 @@ def score(
     """
     where = {"round": fed.round, "t": fed.now, "split": split}
     own = personal(fed)
-    clients = range(len(fed.ground.owned)) if own or parts is not None else ()
+    everyone = range(len(fed.ground.owned))
+    shared = {} if own else recalibrated(fed, task, model_of(fed, {}), everyone)
+    clients = everyone if own or parts is not None else ()
     total = task.metric.init()
     rows: list[dict[str, Any]] = []
     for client in clients:
@@ -73,10 +98,11 @@ def score(
         if not len(mine):
             continue
         kept = tree.row(fed.store.get(np.array([client])), 0) if own else {}
-        sums = evaluate(task, fed.method, fed.ground.module, model_of(fed, kept), mine, kept)
+        model = recalibrated(fed, task, model_of(fed, kept), [client]) if own else shared
+        sums = evaluate(task, fed.method, fed.ground.module, model, mine, kept)
         total = task.metric.merge(total, sums)
         rows.append({**where, "scope": f"client/{client}", **task.metric.finish(sums)})
     if not rows:
-        total = evaluate(task, fed.method, fed.ground.module, model_of(fed, {}), items, {})
+        total = evaluate(task, fed.method, fed.ground.module, shared, items, {})
     yield {**where, "scope": "global", **task.metric.finish(total)}
     yield from rows

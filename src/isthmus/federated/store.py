@@ -117,24 +117,29 @@ class ClientStore:
         assert self._file is not None  # only called with a file
         self._where, at = {}, 0
         size = os.fstat(self._file).st_size
+        wrong = InputError("store", self.path, "a file of client states")
         while at + _HEAD.size <= size:
             magic, long = _HEAD.unpack(os.pread(self._file, _HEAD.size, at))
             if magic != _MAGIC or long > _LONGEST_HEADER:
-                raise InputError("store", self.path, "a file of client states")
+                raise wrong
             start = at + _HEAD.size + long
             if start > size:
                 break
-            head = json.loads(os.pread(self._file, long, at + _HEAD.size))
-            if head["tensors"] != self._layout():
-                raise InputError(
-                    "store", _shapes(head["tensors"]), f"the shapes {_shapes(self._layout())}"
-                )
-            end = start + len(head["clients"]) * self._row
+            try:
+                head = json.loads(os.pread(self._file, long, at + _HEAD.size))
+                end = start + len(head["clients"]) * self._row
+                other = head["tensors"]
+            except (ValueError, KeyError, TypeError):
+                raise wrong from None
+            if other != self._layout():
+                raise InputError("store", _shapes(other), f"the shapes {_shapes(self._layout())}")
             if end > size:
                 break
             for i, client in enumerate(head["clients"]):
                 self._where[client] = start + i * self._row
             at = end
+        if at < size:  # what a writer did not finish must not stand behind the next block
+            os.ftruncate(self._file, at)
         self._length = at
 
     def compacted(self, path: Path) -> ClientStore:

@@ -145,19 +145,27 @@ def vectorised(
     plans of one shape, because a padded row would count in those.
     """
     n, planned, _ = plan.index.shape
+    if planned == 0:
+        nothing = torch.zeros(n)
+        return Work(params, carry, nothing, {}, nothing, nothing, 0)
     exact = batch_statistics(module)
-    mine = {name: params[name] for name in phase.trainable}
-    rest = {name: x for name, x in params.items() if name not in mine}
     live = plan.weight.amax(-1) > 0
     ragged = phase.until is not None or not bool(live.all())
-    step_keys = torch.from_numpy(np.stack([seeds.keys_of(keys, t) for t in range(planned)], axis=1))
+    step_keys = keys_of_steps(keys, planned)
+    if short(module, plan):
+        function = Whole(phase, module, ragged)
+        sequence = {"index": plan.index, "weight": plan.weight, "key": step_keys, "live": live}
+        out, grads = graphs.call(
+            function.tag, function, dict(base), params, carry, dict(columns), sequence, lr
+        )
+        return Work(**out, grads=grads)
+    mine, rest = parted(phase, params)
     state: Tree | None = None
     done = torch.zeros(n, dtype=torch.bool)
     losses, logged, active = [], [], []
-    block = planned if planned <= UNROLLED and not exact else 1
     grads = 0
-    for start in range(0, planned, block):
-        part = slice(start, start + block)
+    for t in range(planned):
+        part = slice(t, t + 1)
         width = int((plan.weight[:, part] > 0).sum(-1).max()) if exact else None
         index, weight = plan.index[:, part, :width], plan.weight[:, part, :width]
         sequence = {
@@ -166,11 +174,9 @@ def vectorised(
             "key": step_keys[:, part],
             "live": live[:, part],
         }
-        shared = _shared(mine)
-        held = {name: x[0] for name, x in mine.items()} if shared else mine
-        alike = {name: x[0] for name, x in rest.items() if x.stride(0) == 0 and n > 1}
-        apart = {name: x for name, x in rest.items() if name not in alike}
-        function = _Block(phase, module, ragged, state is None, shared)
+        function = Steps(phase, module, ragged, state is None, _shared(mine))
+        held = {name: x[0] for name, x in mine.items()} if function.shared else mine
+        alike, apart = _alike(rest)
         given = ({**base, **alike}, apart, held, state or {}, carry, sequence, done, lr)
         out, grads = graphs.call(function.tag, function, *given)
         mine, state, carry, done = out["params"], out["state"], out["carry"], out["done"]
@@ -178,23 +184,75 @@ def vectorised(
         losses.append(out["loss"])
         logged.append(out["aux"])
         active.append(out["active"])
-    if not losses:
-        nothing = torch.zeros(n)
-        return Work(params, carry, nothing, {}, nothing, nothing, 0)
-    taken = torch.cat(active, dim=1).float()
+    sums = _summed(
+        torch.cat(losses, dim=1),
+        {name: torch.cat([a[name] for a in logged], dim=1) for name in logged[0]},
+        torch.cat(active, dim=1),
+        plan.weight,
+    )
+    return Work({**rest, **mine}, carry, **sums, grads=grads)
+
+
+def short(module: nn.Module, plan: Plan) -> bool:
+    """True for a plan that is worth recording as one piece."""
+    return 0 < plan.index.shape[-2] <= UNROLLED and not batch_statistics(module)
+
+
+def keys_of_steps(keys: np.ndarray, steps: int) -> Tensor:
+    """The keys of the steps of n visits: int64 `[n, T]`."""
+    return torch.from_numpy(np.stack([seeds.keys_of(keys, t) for t in range(steps)], axis=1))
+
+
+def parted(phase: Phase, params: Mapping[str, Tensor]) -> tuple[Tree, Tree]:
+    """The tensors that a phase trains, and the others."""
+    mine = {name: params[name] for name in phase.trainable}
+    return mine, {name: x for name, x in params.items() if name not in mine}
+
+
+def _alike(stacked: Mapping[str, Tensor]) -> tuple[Tree, Tree]:
+    """The tensors that all clients have alike (unstacked), and the others."""
+    alike = {name: x[0] for name, x in stacked.items() if x.shape[0] > 1 and x.stride(0) == 0}
+    return alike, {name: x for name, x in stacked.items() if name not in alike}
+
+
+def _summed(loss: Tensor, aux: Tree, active: Tensor, weight: Tensor) -> dict[str, Any]:
+    """Means over the steps that were taken, per client, and how many there were."""
+    taken = active.to(loss.dtype)
     steps = taken.sum(1)
     many = steps.clamp_min(1.0)
-    loss = torch.cat(losses, dim=1)
-    aux = {
-        name: (torch.cat([a[name] for a in logged], dim=1) * taken).sum(1) / many
-        for name in logged[0]
+    return {
+        "loss": torch.where(active, loss, 0.0).sum(1) / many,
+        "aux": {name: torch.where(active, x, 0.0).sum(1) / many for name, x in aux.items()},
+        "steps": steps,
+        "examples": ((weight > 0).sum(-1) * taken).sum(1),
     }
-    examples = ((plan.weight > 0).sum(-1) * taken).sum(1)
-    mean = torch.where(taken > 0, loss, 0.0).sum(1) / many
-    return Work({**rest, **mine}, carry, mean, aux, steps, examples, grads)
 
 
-class _Block:
+class Whole:
+    """All steps of a short phase as one function of tensors, from the pool of data on."""
+
+    def __init__(self, phase: Phase, module: nn.Module, ragged: bool) -> None:
+        self.phase, self.module, self.ragged = phase, module, ragged
+        self.tag = (phase, id(module), ragged)
+
+    def __call__(
+        self, base: Tree, params: Tree, carry: Carry, columns: Tree, sequence: Tree, lr: Tensor
+    ) -> tuple[Nest, int]:
+        mine, rest = parted(self.phase, params)
+        shared = _shared(mine)
+        held = {name: x[0] for name, x in mine.items()} if shared else mine
+        alike, apart = _alike(rest)
+        batches = {name: x[sequence["index"]] for name, x in columns.items()}
+        done = torch.zeros_like(sequence["live"][:, 0])
+        out, grads = Steps(self.phase, self.module, self.ragged, True, shared)(
+            {**base, **alike}, apart, held, {}, carry, {**sequence, "columns": batches}, done, lr
+        )
+        sums = _summed(out["loss"], out["aux"], out["active"], sequence["weight"])
+        params = {**rest, **out["followed"], **out["params"]}
+        return {"params": params, "carry": out["carry"], **sums}, grads
+
+
+class Steps:
     """Some consecutive steps of a phase as one function of tensors."""
 
     def __init__(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from isthmus.federated.round import Federation, Report
-from isthmus.federated.score import score
+from isthmus.federated.score import model_of, personal, recalibrated, score
 from isthmus.models.bind import write
 from isthmus.run import checkpoint, saved
 from isthmus.run.build import Built, build, environment
@@ -168,7 +168,7 @@ def _play(
         if watch is not None:
             watch(report, new)
     fed.ledger.flush()
-    model = finished(fed)
+    model = finished(fed, built.task)
     if folder is not None:
         saved.save(folder.path, built, model)
         folder.close()
@@ -183,10 +183,14 @@ def _play(
     )
 
 
-def finished(fed: Federation) -> nn.Module:
-    """The module with the server's tensors written into it."""
+def finished(fed: Federation, task: Task) -> nn.Module:
+    """The module with the server's tensors written into it, ready to predict."""
     shared = {**fed.method.base(fed.state), **fed.method.served(fed.state)}
-    return write(fed.ground.module, shared)
+    if not personal(fed):
+        everyone = range(len(fed.ground.owned))
+        tensors = recalibrated(fed, task, model_of(fed, {}), everyone)
+        shared |= {name: tensors[name] for name in fed.method.names.recalibrate}
+    return write(fed.ground.module, shared).eval()
 
 
 def load(folder: Path | str) -> nn.Module:

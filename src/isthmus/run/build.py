@@ -21,12 +21,14 @@ from isthmus.federated.adapters.lora import LoraMethod
 from isthmus.federated.cohort import Executor, Ground, Owned
 from isthmus.federated.executors.sequential import Sequential
 from isthmus.federated.executors.vectorised import Vectorised
-from isthmus.federated.method import Local, Method, Names
+from isthmus.federated.method import Known, Local, Method, Names
 from isthmus.federated.path import MEMORY, Path
 from isthmus.federated.round import Federation
 from isthmus.federated.schedulers.sync import Sync
 from isthmus.federated.store import ClientStore
 from isthmus.learn.graph import Mode
+from isthmus.learn.phase import Visit
+from isthmus.learn.recalibrate import freeze_statistics
 from isthmus.learn.visit import batch_statistics
 from isthmus.models import optim
 from isthmus.models.bind import bind, tensors_of, trainable
@@ -87,9 +89,7 @@ def build(
     more: dict[str, Any] = {}
     if issubclass(kind, LoraMethod):
         module, more["places"] = _adapted(module, settings, config)
-    for layer in module.modules():
-        if batch_statistics(layer):  # a step mutates nothing; statistics are recomputed
-            cast(Any, layer).track_running_stats = False
+    freeze_statistics(module)
     config = _resolved(config, stage, kind, module)
     tensors = {name: x.clone() for name, x in tensors_of(module).items()}
     named = _names(kind, stage, module, tensors, more.get("places"))
@@ -109,12 +109,7 @@ def build(
     base = {name: tensors[name] for name in tensors if name in _base_names(named)}
     kept = method.keep(tensors)
     if path.feedback is not None:
-        up = (
-            {f"delta/{n}": tensors[n] for n in named.shared}
-            if not method.sends_values
-            else {f"values/{n}": tensors[n] for n in named.shared}
-        )
-        kept = {**kept, **{MEMORY + n: torch.zeros_like(x) for n, x in up.items()}}
+        kept = {**kept, **_memory(config, method, tensors, kept)}
     federation = Federation(
         method=method,
         ground=Ground(module, base, dict(splits.train.columns), Owned.of(parts)),
@@ -184,6 +179,8 @@ def _clients(
     held = [set(groups[part].tolist()) for part in parts]
     theirs = np.array(splits.test.group)
     tests = [np.flatnonzero(np.isin(theirs, sorted(own))) for own in held]
+    if not any(map(len, tests)):
+        tests = None
     return config, parts, tests, ["+".join(sorted(own)) for own in held]
 
 
@@ -299,6 +296,25 @@ def _path(config: Config, method: Method) -> Path:
     return path
 
 
+def _memory(config: Config, method: Method, tensors: Tree, kept: Tree) -> Tree:
+    """The codec's error before the first message: zeros for each tensor of an upload."""
+    if method.sends_values:
+        allowed = f"false with method {config.method}, which sends factors and not changes"
+        raise InputError("feedback", True, allowed)
+    zero = torch.zeros((), dtype=torch.int64)
+    visit = Visit(*[zero] * 5, *[torch.zeros(())] * 3)
+    down = method.send(method.init(tensors), Known(0, 0, 0))
+    params, carry = method.start(visit, down, kept)
+    update, _ = method.finish(visit, params, down, carry, kept)
+    parts = {"delta": update.delta, "buffers": update.buffers, "scalars": update.scalars}
+    return {
+        f"{MEMORY}{part}/{name}": torch.zeros_like(x)
+        for part, held in parts.items()
+        for name, x in held.items()
+        if x.is_floating_point()
+    }
+
+
 def _mechanism(config: Config) -> dict[str, Any]:
     if config.clip is None:
         raise InputError("clip", None, f"a bound with privacy {config.privacy}")
@@ -358,15 +374,16 @@ def _pieces(config: Config, method: Method, path: Path) -> compatibility.Pieces:
 
 def _flops(stage: Stage, module: nn.Module, tensors: Tree, named: Names, items: Items) -> float:
     """FLOPs of one gradient on one example, counted."""
-    columns = items.take([0]).columns
-    batch = Batch(columns, torch.ones(1), torch.zeros((), dtype=torch.int64))
+    size = 2 if batch_statistics(module) else 1  # one item has no variance
+    columns = items.take([0] * size).columns
+    batch = Batch(columns, torch.ones(size), torch.zeros((), dtype=torch.int64))
 
     def gradient() -> None:
         leaves = {n: tensors[n].detach().requires_grad_() for n in named.trainable}
         loss, _ = stage.loss(bind(module, {**tensors, **leaves}, key=batch.key), batch)
         torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
 
-    return float(count_flops(gradient))
+    return count_flops(gradient) / size
 
 
 def environment() -> dict[str, Any]:

@@ -31,6 +31,7 @@ def write(folder: Path, fed: Federation, lengths: Mapping[str, int]) -> None:
     tensors = flat(fed.state, "state" + _LEVEL)
     tensors["versions"] = torch.from_numpy(fed.versions)
     about = {"format": 1, "round": fed.round, "now": fed.now, "lengths": dict(lengths)}
+    about["order"] = list(tensors)  # the file sorts by name; sums must be taken as before
     data = save(
         {name: x.detach().contiguous() for name, x in tensors.items()},
         metadata={"isthmus": json.dumps(about)},
@@ -66,12 +67,11 @@ def read(folder: Path) -> tuple[dict[str, Any], Tree]:
     try:
         with safe_open(str(path), "pt") as file:
             about = json.loads((file.metadata() or {}).get("isthmus", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
+            if not isinstance(about, dict) or about.get("format") != 1:
+                raise InputError("resume", path.name, "a checkpoint of a run")
+            return about, {name: file.get_tensor(name) for name in about["order"]}
+    except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError("resume", path.name, "a checkpoint of a run") from error
-    if not isinstance(about, dict) or about.get("format") != 1:
-        raise InputError("resume", path.name, "a checkpoint of a run")
-    return about, tensors
 
 
 def restore(fed: Federation, about: Mapping[str, Any], tensors: Tree) -> None:
@@ -93,7 +93,8 @@ def restore(fed: Federation, about: Mapping[str, Any], tensors: Tree) -> None:
             shapes = f"{list(given.shape)} for {shown}", f"{list(x.shape)}, the model's own"
             raise InputError("resume", *shapes)
     nested = {n: x for n, x in tensors.items() if n.startswith("state" + _LEVEL)}
-    fed.state = nest(nested)["state"]
+    empty = {name: held for name, held in fed.state.items() if isinstance(held, dict) and not held}
+    fed.state = {**empty, **nest(nested).get("state", {})}
     fed.round, fed.now = int(about["round"]), float(about["now"])
     versions = tensors["versions"].numpy()
     if versions.shape != fed.versions.shape:

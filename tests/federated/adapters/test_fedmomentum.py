@@ -283,6 +283,7 @@ def test_twenty_thousand_square_never_becomes_a_matrix() -> None:
             for x in out if isinstance(out, (tuple, list)) else (out,):
                 if isinstance(x, Tensor):
                     self.largest = max(self.largest, x.untyped_storage().nbytes())
+                    assert self.largest <= 4 * d * k / 100, f"{func}: {list(x.shape)}"
             return out
 
     g = torch.Generator().manual_seed(0)
@@ -293,7 +294,7 @@ def test_twenty_thousand_square_never_becomes_a_matrix() -> None:
     weights = torch.arange(1.0, 9.0) / 36
     with NothingDense() as watch:
         result = aggregate(uploads, weights, uploads[0], EXACT)
-    assert 4 * d * 64 <= watch.largest <= 4 * d * k / 100
+    assert watch.largest >= 4 * d * 64  # the stack itself was seen
     x = torch.randn(k, generator=g)
     truth = sum(
         float(p) * u.scale * (u.B.double() @ (u.A.double() @ x.double()))

@@ -72,14 +72,20 @@ class FLoRA(LoraMethod):
         return {name: state["shared"][name] for name in self.rest}
 
     def start(self, visit: Visit, down: Tree, kept: Tree) -> tuple[Tree, Carry]:
-        fresh_start: Tree = {}
+        return super().start(visit, {**down, **self._begun(visit.round, visit.lr.dtype)}, kept)
+
+    def _begun(self, round: Tensor | int, dtype: torch.dtype) -> Tree:
+        """The pairs of a round's start, as every party draws them."""
+        begun: Tree = {}
         for number, at in enumerate(self.places.values()):
             d, k = at.shape
-            drawn = seeds.fold(seeds.fold(_FRESH, visit.round), number)
-            dtype = visit.lr.dtype
-            fresh_start[at.A] = fresh(drawn, at.rank, k, dtype)
-            fresh_start[at.B] = torch.zeros(d, at.rank, dtype=dtype)
-        return super().start(visit, {**down, **fresh_start}, kept)
+            drawn = seeds.fold(seeds.fold(_FRESH, round), number)
+            begun[at.A] = fresh(drawn, at.rank, k, dtype)
+            begun[at.B] = torch.zeros(d, at.rank, dtype=dtype)
+        return begun
+
+    def origin(self, state: State, down: Tree, round: int) -> Tree:
+        return self._begun(round, next(iter(state["shared"].values())).dtype)
 
     rule = staticmethod(aggregate)
 

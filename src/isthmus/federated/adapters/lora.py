@@ -92,6 +92,14 @@ class LoraMethod(Method):
         whole = {} if self.slices_download and not self.one_rank else down
         return {**state["shared"], **whole}
 
+    def origin(self, state: State, down: Tree, round: int) -> Tree:
+        return self.given(state, down)
+
+    def nothing(self, state: State) -> Reduced:
+        shared = state["shared"]
+        factors = {name: shared[name] for name in self.factors if name in shared}
+        return Reduced({name: torch.zeros_like(shared[name]) for name in self.rest}, values=factors)
+
     def step(
         self, grad: Grad, params: Tree, opt: Opt, carry: Carry, batch: Batch
     ) -> tuple[Tree, Opt, Carry]:
@@ -120,18 +128,21 @@ class LoraMethod(Method):
         return Update(delta=delta, values=values), local
 
     def reduce(self, state: State, updates: Updates, weights: Tensor, ctx: Context) -> Reduced:
-        down = read(self.given(state, ctx.extras.get("down", {})), self.places)
+        given = self.given(state, ctx.extras.get("down", {}))
+        down = read(given, self.places)
+        values, shares, total = updates.values, weights, float(weights.sum())
+        if total > 1.0 + 1e-6:  # fixed weights 1/(qN) and many clients: the same step as a mean
+            values = {n: given[n] + total * (x - given[n]) for n, x in values.items()}
+            shares = weights / total
         ranks = [m.rank for m in updates.meta]
         layers: dict[str, Global] = {}
         for number, (layer, at) in enumerate(self.places.items()):
             uploads = [
                 Factors(B, A, at.scale).prefix(rank or at.rank)
-                for B, A, rank in zip(
-                    *self._pair(updates.values, at, down[layer]), ranks, strict=True
-                )
+                for B, A, rank in zip(*self._pair(values, at, down[layer]), ranks, strict=True)
             ]
             key = seeds.fold(ctx.key, number)
-            layers[layer] = self.rule(uploads, weights, down[layer], self.knobs, key=int(key))
+            layers[layer] = self.rule(uploads, shares, down[layer], self.knobs, key=int(key))
         rest = Mean().reduce(Updates(delta=updates.delta, meta=updates.meta), weights, ctx)
         return Reduced(
             rest.tensors,

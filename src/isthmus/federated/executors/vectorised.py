@@ -8,15 +8,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus import seeds
 from isthmus.contracts import Updates
 from isthmus.federated.cohort import Cohort, Done, Ground, visits_of
 from isthmus.federated.method import Method
 from isthmus.learn.graph import Graphs, Mode, Nest
-from isthmus.learn.phase import Purpose, Visit
-from isthmus.learn.visit import batch_statistics, stack_alike, vectorised
+from isthmus.learn.phase import Phase, Plan, Purpose, Visit
+from isthmus.learn.visit import (
+    Whole,
+    batch_statistics,
+    keys_of_steps,
+    short,
+    stack_alike,
+    vectorised,
+)
 from isthmus.tree import Tree
 
 
@@ -56,15 +63,19 @@ class Vectorised:
         down = stack_alike(cohort.downs)
         alike = {name: x[0] for name, x in down.items() if n > 1 and x.stride(0) == 0}
         apart = {name: x for name, x in down.items() if name not in alike}
+        phases = method.phases(cohort.purpose)
+        plans: list[Plan] = []
+        for number, phase in enumerate(phases):
+            keys = seeds.keys_of(cohort.keys, number)
+            plans.append(ground.plan(method, phase, replace(cohort, keys=keys)))
+        if len(phases) == 1 and short(ground.module, plans[0]):
+            return self._at_once(method, ground, cohort, phases[0], plans[0], fields, alike, apart)
         start = _Start(method, cohort.purpose)
         begun, _ = self.graphs.call(start.tag, start, fields, alike, apart, cohort.kept)
         params, carry = begun["params"], begun["carry"]
-        steps = examples = gradients = loss = torch.zeros(n)
+        steps = examples = gradients = loss = torch.zeros(n, dtype=ground.dtype)
         aux: Tree = {}
-        lr = fields["lr"][0]
-        for number, phase in enumerate(method.phases(cohort.purpose)):
-            keys = seeds.keys_of(cohort.keys, number)
-            plan = ground.plan(method, phase, replace(cohort, keys=keys))
+        for number, (phase, plan) in enumerate(zip(phases, plans, strict=True)):
             work = vectorised(
                 phase,
                 ground.module,
@@ -73,20 +84,89 @@ class Vectorised:
                 carry,
                 ground.columns,
                 plan,
-                keys,
-                lr,
+                seeds.keys_of(cohort.keys, number),
+                fields["lr"][0],
                 self.graphs,
             )
             params, carry, loss, aux = work.params, work.carry, work.loss, work.aux
             steps, examples = steps + work.steps, examples + work.examples
             gradients = gradients + work.examples * work.grads
         finish = _Finish(method, cohort.purpose)
-        fields = {**fields, "steps": steps.to(fields["steps"].dtype)}
+        fields["steps"] = steps.to(ground.dtype)
         out, _ = self.graphs.call(
             finish.tag, finish, fields, params, alike, apart, carry, cohort.kept
         )
         updates = Updates(out["delta"], out["values"], out["buffers"], out["scalars"])
         return Done(updates, out["kept"], loss, aux, steps, examples, gradients)
+
+    def _at_once(
+        self,
+        method: Method,
+        ground: Ground,
+        cohort: Cohort,
+        phase: Phase,
+        plan: Plan,
+        fields: Tree,
+        alike: Tree,
+        apart: Tree,
+    ) -> Done:
+        """A visit of one short phase, from `start` to `finish`, as one recording."""
+        keys = seeds.keys_of(cohort.keys, 0)
+        live = plan.weight.amax(-1) > 0
+        visit = _Visit(method, cohort.purpose, phase, ground.module, not bool(live.all()))
+        sequence = {
+            "index": plan.index,
+            "weight": plan.weight,
+            "key": keys_of_steps(keys, plan.index.shape[1]),
+            "live": live,
+        }
+        out, grads = self.graphs.call(
+            visit.tag,
+            visit,
+            fields,
+            alike,
+            apart,
+            cohort.kept,
+            ground.base,
+            ground.columns,
+            sequence,
+        )
+        return Done(
+            Updates(out["delta"], out["values"], out["buffers"], out["scalars"]),
+            out["kept"],
+            out["loss"],
+            out["aux"],
+            out["steps"],
+            out["examples"],
+            out["examples"] * grads,
+        )
+
+
+class _Visit:
+    def __init__(
+        self, method: Method, purpose: Purpose, phase: Phase, module: nn.Module, ragged: bool
+    ) -> None:
+        self.start, self.finish = _Start(method, purpose), _Finish(method, purpose)
+        self.work = Whole(phase, module, ragged or phase.until is not None)
+        self.tag = ("visit", self.start.tag, self.work.tag)
+
+    def __call__(
+        self,
+        fields: Tree,
+        alike: Tree,
+        apart: Tree,
+        kept: Tree,
+        base: Tree,
+        columns: Tree,
+        sequence: Tree,
+    ) -> tuple[Nest, int]:
+        begun, _ = self.start(fields, alike, apart, kept)
+        lr = fields["lr"][0]
+        work, grads = self.work(base, begun["params"], begun["carry"], columns, sequence, lr)
+        fields = {**fields, "steps": work["steps"]}
+        out, _ = self.finish(fields, work["params"], alike, apart, work["carry"], kept)
+        sums = {name: work[name] for name in ("loss", "aux", "steps", "examples")}
+        return {**out, **sums}, grads
 
 
 class _Start:

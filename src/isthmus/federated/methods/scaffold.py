@@ -77,6 +77,9 @@ class Scaffold(Method):
             local[C + name] = kept[C + name] + change
         return update, local
 
+    def nothing(self, state: State) -> Reduced:
+        return Reduced(tree.zeros_like({**state["shared"], **state["c"]}))
+
     def weigh(self, meta: Sequence[Meta]) -> Tensor:
         return torch.full((len(meta),), 1.0 / len(meta), dtype=torch.float64)
 

@@ -1,0 +1,155 @@
+"""What a federated round costs beside a bare torch loop over the same clients, in one run.
+
+FedAvg on digits: 100 clients, one local epoch, batches of 10, an MLP 64-128-10. The loop copies
+the weights, trains each client with `torch.optim.SGD` and averages; it encodes nothing and
+counts nothing. A round here does all of its accounting: encoded, checked and decoded messages,
+links, devices, and a ledger on disk. Both get the same threads.
+"""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from isthmus.bench.figure import Figure
+from isthmus.models.nets import mlp
+from isthmus.run.build import build
+from isthmus.run.config import Config
+from isthmus.tasks.contract import Items, Size
+from isthmus.tasks.digits import Digits
+from isthmus.wire.ledger import Ledger
+
+CLIENTS, BATCH, LR = 100, 10, 0.1
+ROUNDS = 60
+
+
+class WideDigits(Digits):
+    """Digits with an MLP 64-128-10."""
+
+    def build(self, size: Size = "small", seed: int = 0) -> nn.Module:
+        return mlp([64, 128, 10], seed=seed)
+
+
+def bare_loop(items: Items, parts: list[np.ndarray]) -> Callable[[int], None]:
+    """A round of the first n clients as one would write it without a library."""
+    model = mlp([64, 128, 10])
+    weights = [p.detach().clone() for p in model.parameters()]
+    x, y = items.columns["x"], items.columns["y"]
+    data = [(x[part], y[part]) for part in parts]
+    draw = torch.Generator().manual_seed(0)
+
+    def round(n: int) -> None:
+        total = [torch.zeros_like(p) for p in weights]
+        optimiser = torch.optim.SGD(model.parameters(), lr=LR)
+        for own_x, own_y in data[:n]:
+            with torch.no_grad():
+                for p, w in zip(model.parameters(), weights, strict=True):
+                    p.copy_(w)
+            for index in torch.randperm(len(own_x), generator=draw).split(BATCH):
+                optimiser.zero_grad()
+                F.cross_entropy(model(own_x[index]), own_y[index]).backward()
+                optimiser.step()
+            with torch.no_grad():
+                for t, p in zip(total, model.parameters(), strict=True):
+                    t.add_(p, alpha=1.0 / n)
+        for w, t in zip(weights, total, strict=True):
+            w.copy_(t)
+
+    return round
+
+
+def _federation(cohort: int, compile: str, folder: Path, **more: Any) -> Any:
+    ledger = Ledger(folder / f"ledger-{cohort}-{compile}.jsonl")
+    keys = {
+        "method": "fedavg",
+        "clients": CLIENTS,
+        "cohort": cohort,
+        "batch": BATCH,
+        "lr": LR,
+        "executor": "vectorised",
+        "compile": compile,
+        "evaluate": 0,
+        **more,
+    }
+    store = folder / f"clients-{cohort}-{compile}.bin"
+    return build(Config.make(keys), ledger, store, WideDigits()).federation
+
+
+def _ratio(base: Callable[[], object], works: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median time of each piece of work over that of `base`, all taken in turns."""
+    times: dict[str, list[float]] = {name: [] for name in ("base", *works)}
+    for turn in range(ROUNDS + 3):
+        for name, work in {"base": base, **works}.items():
+            start = time.perf_counter()
+            work()
+            if turn >= 3:
+                times[name].append(time.perf_counter() - start)
+    middle = {name: float(np.median(t)) for name, t in times.items()}
+    return {name: middle[name] / middle["base"] for name in works}
+
+
+GOALS = {("eager", 10): 0.5, ("eager", 100): 0.25, ("compiled", 10): 0.2, ("compiled", 100): 0.15}
+MODES = {"eager": "trace", "compiled": "compile"}
+
+
+def figures(compiled: bool = True) -> list[Figure]:
+    """Rounds beside the bare loop, the time to compile, and memory with many clients."""
+    out: list[Figure] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for cohort in (10, 100):
+            modes = {k: v for k, v in MODES.items() if compiled or k == "eager"}
+            feds = {mode: _federation(cohort, how, folder) for mode, how in modes.items()}
+            ground = feds["eager"].ground
+            items = Items(dict(ground.columns))
+            loop = bare_loop(items, [ground.owned.rows(i) for i in range(CLIENTS)])
+            if compiled:
+                start = time.perf_counter()
+                feds["compiled"].step()
+                seconds = time.perf_counter() - start
+                out.append(Figure(f"time to compile, {cohort} clients", seconds, "s", None, None))
+            ratios = _ratio(
+                lambda loop=loop, n=cohort: loop(n), {mode: fed.step for mode, fed in feds.items()}
+            )
+            for mode, ratio in ratios.items():
+                goal = GOALS[mode, cohort]
+                title = f"{mode} round, {cohort} of {CLIENTS} clients, over a bare loop"
+                out.append(Figure(title, ratio, "x", f"at most {goal} x", ratio <= goal))
+        out.append(_memory(folder))
+    return out
+
+
+def _memory(folder: Path) -> Figure:
+    """Resident memory with 100,000 registered clients and SCAFFOLD's state on disk."""
+    registered, rounds = 100_000, 20
+    task = WideDigits()
+    items = task.synthesise(0).train
+    many = Items(
+        {
+            n: x.repeat(-(-registered * 2 // len(items)), *[1] * (x.dim() - 1))
+            for n, x in items.columns.items()
+        }
+    )
+
+    class Crowd(WideDigits):
+        def synthesise(self, seed: int = 0, size: Size = "small") -> Any:
+            return super().synthesise(seed, size)._replace(train=many)
+
+    keys = {"method": "scaffold", "clients": registered, "cohort": 100, "batch": BATCH, "lr": LR}
+    config = Config.make({**keys, "evaluate": 0})
+    ledger = Ledger(folder / "crowd.jsonl")
+    fed = build(config, ledger, folder / "crowd.bin", Crowd()).federation
+    for _ in range(rounds):
+        fed.step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    title = f"peak memory, {registered:,} clients, scaffold, cohort 100, {rounds} rounds"
+    return Figure(title, peak, "GiB", "at most 3 GB", peak * 2**30 <= 3e9)
