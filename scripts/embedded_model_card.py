@@ -28,7 +28,7 @@ ROW, PROPOSALS = 256, 4
 def stream(model: Language, texts: Sequence[str]) -> Tensor:
     """All documents as one row of ids, as in training."""
     end = model.tokenizer.eos_token_id
-    encoded = [model.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    encoded = [model.tokenizer.encode(t, add_special_tokens=False, verbose=False) for t in texts]
     return torch.tensor([i for ids in encoded for i in (end, *ids)] + [end])
 
 
@@ -102,7 +102,7 @@ def speculate(target: Language, draft: Language, texts: Sequence[str], prompts: 
 
 def samples(model: Language, temperature: float, count: int) -> list[str]:
     """What the model says from nothing."""
-    start = [[model.tokenizer.bos_token_id]] * count
+    start = [model.encode("")] * count
     law, key = decode.Law(temperature), seeds.key(0, "samples")
     ids = decode.generate(model.model, start, 60, law, key)
     return [model.decode(row).replace("\n", " / ") for row in ids]
@@ -144,7 +144,7 @@ means nothing; they are no assistants.
 | heads (key-value heads) | 3 (3) of 64 | 4 (1) of 32 |
 | feed-forward | 512 | 256 |
 | vocabulary, context | 2048, 512 (trained at 256) | the same |
-| steps of 8 x 256 tokens | 1600 | 1000 |
+| steps of 8 x 256 tokens | 1200 | 1000 |
 | objective | cross entropy, dropout 0.1 | KL from the target's law |
 | Muon on matrices, AdamW on the rest: rate, decay | 3e-3, 0.3 | 4e-3, 0.1 |
 | schedule | 40 steps up, cosine to 5 % | the same |

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -77,7 +78,7 @@ def stream(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
     return torch.tensor([i for e in encoded for i in (END, *e.ids)] + [END])
 
 
-def build(shape: dict[str, int], seed: int) -> LlamaForCausalLM:
+def build(shape: dict[str, Any], seed: int) -> LlamaForCausalLM:
     """A freshly initialised Llama with tied embeddings."""
     config = LlamaConfig(
         vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
@@ -99,7 +100,8 @@ def add_dropout(
         keep = torch.empty_like(output).bernoulli_(1 - rate, generator=generator)
         return output * keep / (1 - rate)
 
-    places = [model.model.embed_tokens]
+    places: list[Any] = [model.model.embed_tokens]
+    layer: Any
     for layer in model.model.layers:
         places += [layer.self_attn.o_proj, layer.mlp.down_proj]
     return [place.register_forward_hook(drop) for place in places]

@@ -115,7 +115,7 @@ def flatten_stacked(stacked: Mapping[str, Tensor]) -> Tensor:
 def unflatten(flat: Tensor, slots: Layout) -> Tree:
     """The inverse of `flatten` (`flat` is `[d]`) and of `flatten_stacked` (`[n, d]`); views."""
     lead = flat.shape[:-1]
-    return {name: flat[..., start:stop].view(*lead, *shape) for name, start, stop, shape in slots}
+    return {name: flat[..., start:stop].view((*lead, *shape)) for name, start, stop, shape in slots}
 
 
 def nbytes(tree: Mapping[str, Tensor]) -> int:

@@ -47,7 +47,7 @@ def test_rows_join_documents_and_shift(task: Text) -> None:
         said = task.tokenizer.decode(whole).split("<|end|>")
         seen.append([text for text in said if text])
     assert [len(part) for part in seen] == [15, 1, 4]
-    assert sorted(sum(seen, [])) == sorted(text.text for text in texts)
+    assert sorted(text for part in seen for text in part) == sorted(text.text for text in texts)
     assert seen[0] == sorted(seen[0], key=lambda t: int(t.split()[4]))  # order within a part stays
     other = task.splits(texts, seed=4, length=16)
     assert not torch.equal(other.test.columns["tokens"], splits.test.columns["tokens"])
@@ -106,10 +106,15 @@ def test_speakers_own_their_speeches(task: Text, tmp_path: Path) -> None:
     splits = task.load(tmp_path, length=24)
     assert set(splits.train.group) == {"ANNA", "Second Guard"}
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "notes.txt").write_text("\n\n".join(f"Note {i} says so." for i in range(30)))
+    (tmp_path / "text" / "notes.txt").write_text(
+        "\n\n".join(f"Note {i} says so." for i in range(30))
+    )
     splits = task.load(tmp_path, length=24)
     assert set(splits.train.group) == {"notes"}
-    assert set(task.load(tmp_path, file="tinyshakespeare.txt").test.group) == {"ANNA", "Second Guard"}
+    assert set(task.load(tmp_path, file="tinyshakespeare.txt").test.group) == {
+        "ANNA",
+        "Second Guard",
+    }
 
 
 def test_errors_name_what_is_missing_or_wrong(task: Text, tmp_path: Path) -> None:
@@ -154,7 +159,9 @@ def test_the_loss_weighs_tokens(task: Text) -> None:
     loss, _ = task.loss(model, Batch(columns, torch.ones(2)))
     with torch.no_grad():
         logits = model(input_ids=tokens).logits
-    torch.testing.assert_close(loss.detach(), F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    torch.testing.assert_close(
+        loss.detach(), F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    )
 
 
 def test_nothing_is_predicted_from_the_future(task: Text) -> None:

@@ -41,7 +41,7 @@ VERBS: dict[str, dict[str, str]] = {
         "report": "write a run's report again, as one self-contained page",
     },
     "Serve": {
-        "generate": "generate text with device and edge working together",
+        "generate": "continue a text with a language model",
         "serve": "an OpenAI-compatible server in two parts",
         "chat": "talk to a served model in the terminal",
         "compress": "make a model smaller",

@@ -85,7 +85,7 @@ def play(config: Config | None, out: Path | None, resume: Path | None, report: b
             run = api.resume(resume, watch)
         else:
             assert config is not None  # without --resume there is one
-            run = api.start(config, out, watch)
+            run = api.start(config, out, watch, command=["isthmus", *sys.argv[1:]])
     print(run)
     if run.folder is not None:
         print(f"run folder: {run.folder}")

@@ -111,6 +111,9 @@ class Method:
 
     __hash__ = object.__hash__  # phases hold bound methods and are compared by identity
 
+    def __post_init__(self) -> None:
+        """Where a method checks or changes how it is to train."""
+
     # -- before the first round ---------------------------------------------------------
 
     @classmethod

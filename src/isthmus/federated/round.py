@@ -64,6 +64,13 @@ class Federation:
     round: int = 0
     now: float = 0.0
     extras: Mapping[str, Any] = field(default_factory=dict)
+    names: Sequence[str] = ()
+
+    def named(self, clients: np.ndarray) -> list[str]:
+        """The parties of the ledger for these clients: `client/` and the owner, or the number."""
+        if self.names:
+            return [self.names[client] for client in clients.tolist()]
+        return [f"client/{client}" for client in clients.tolist()]
 
     def step(self) -> Report:
         """Play one round: send, work, send back, reduce, update."""
@@ -127,7 +134,7 @@ class Federation:
                 made[slot] = self.path.down(sent, self.round, key, known.rank, axes)
             down, sizes[i], values[i] = made[slot]
             downs.append(down)
-        names = [f"client/{client}" for client in clients.tolist()]
+        names = self.named(clients)
         delivery = self.link.send_many(
             sizes, "down", self.now, key=seeds.fold(key, 1), index=clients
         )
@@ -182,7 +189,7 @@ class Federation:
         else:
             spent = spend_each(owners, flops)
         self.ledger.work_many(
-            party=[f"client/{client}" for client in cohort.clients.tolist()],
+            party=self.named(cohort.clients),
             kind="train",
             t=begun,
             seconds=spent.seconds,
@@ -237,7 +244,7 @@ class Federation:
         senders = np.array(sent.updates.clients)
         if len(senders) < len(cohort):
             finished = finished[np.isin(cohort.clients, senders)]
-        names = [f"client/{client}" for client in senders.tolist()]
+        names = self.named(senders)
         delivery = self.link.send_many(
             sent.bytes, "up", finished, key=int(seeds.fold(key, 4)), index=senders
         )

@@ -101,7 +101,9 @@ def score(
         model = recalibrated(fed, task, model_of(fed, kept), [client]) if own else shared
         sums = evaluate(task, fed.method, fed.ground.module, model, mine, kept)
         total = task.metric.merge(total, sums)
-        rows.append({**where, "scope": f"client/{client}", **task.metric.finish(sums)})
+        rows.append(
+            {**where, "scope": fed.named(np.array([client]))[0], **task.metric.finish(sums)}
+        )
     if not rows:
         total = evaluate(task, fed.method, fed.ground.module, shared, items, {})
     yield {**where, "scope": "global", **task.metric.finish(total)}

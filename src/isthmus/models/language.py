@@ -75,7 +75,8 @@ def load(
         path = Path(text).expanduser()
         if not path.is_file():
             raise InputError("model", text, "a llama2.c file that exists")
-        model = llama2c.read_model(path, attention).to(dtype)
+        model: Any = llama2c.read_model(path, attention)
+        model = model.to(dtype)
         vocab, context = model.config.vocab_size, model.config.max_position_embeddings
         tokenizer = llama2c.read_tokenizer(llama2c.find_tokenizer(path, vocab), vocab, context)
     else:

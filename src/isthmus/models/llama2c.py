@@ -122,6 +122,7 @@ def read_model(path: str | Path, attention: str = "eager") -> LlamaForCausalLM:
             if name.endswith(("q_proj", "k_proj")):
                 weight = _halves(weight, h.heads if name.endswith("q_proj") else h.kv_heads)
             state[f"model.layers.{layer}.{name}.weight"] = weight
+    chosen: Any = {"attn_implementation": attention}
     config = LlamaConfig(
         vocab_size=abs(h.vocab),
         hidden_size=h.dim,
@@ -135,7 +136,7 @@ def read_model(path: str | Path, attention: str = "eager") -> LlamaForCausalLM:
         pad_token_id=UNKNOWN,
         bos_token_id=BEGIN,
         eos_token_id=END,
-        attn_implementation=attention,
+        **chosen,
     )
     model = LlamaForCausalLM(config)
     model.load_state_dict(state)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,9 @@ class Run:
     folder: Path | None
     metrics: list[dict[str, Any]]
     ledger: Ledger
+    epsilon: dict[str, float]
     model: nn.Module
     task: Task
-    names: list[str] = field(default_factory=list)
 
     @property
     def final(self) -> dict[str, float]:
@@ -77,10 +77,14 @@ class Run:
     def __str__(self) -> str:
         primary = self.task.metric.primary
         value = self.final[primary]
+        private = ""
+        if self.epsilon:
+            worst = max(self.epsilon.values())
+            private = f", epsilon {worst:.3g} at delta {self.config.delta:g}"
         return (
             f"{self.config.method} on {self.config.task}: {primary} {value:.4g} after "
             f"{self.config.rounds} rounds, {self.bytes_up:,} bytes up, {self.bytes_down:,} down, "
-            f"{self.seconds:.4g} virtual seconds"
+            f"{self.seconds:.4g} virtual seconds{private}"
         )
 
 
@@ -114,14 +118,15 @@ def start(
     out: Path | None = None,
     watch: Watch | None = None,
     task: Task | None = None,
+    command: Sequence[str] = (),
 ) -> Run:
-    """Run a configuration from the beginning."""
+    """Run a configuration from the beginning; `command` is what the report says started it."""
     if out is None:
         built = build(config, Ledger(), task=task)
         return _play(built, None, watch, [])
     folder = Folder.new(out)
     built = build(config, folder.ledger(), out / CLIENTS, task)
-    folder.begin(built.config, environment())
+    folder.begin(built.config, environment(command))
     return _play(built, folder, watch, [])
 
 
@@ -168,8 +173,11 @@ def _play(
         if watch is not None:
             watch(report, new)
     fed.ledger.flush()
+    spent = _spent(fed, config)
     model = finished(fed, built.task)
     if folder is not None:
+        if spent:
+            folder.write_privacy(config.delta, spent, fed.round)
         saved.save(folder.path, built, model)
         folder.close()
     return Run(
@@ -177,10 +185,20 @@ def _play(
         folder.path if folder is not None else None,
         rows,
         fed.ledger,
+        spent,
         model,
         built.task,
-        built.names,
     )
+
+
+def _spent(fed: Federation, config: Config) -> dict[str, float]:
+    """Epsilon of every party that noised something, composed by the accountant."""
+    if config.privacy == "none":
+        return {}
+    from isthmus.privacy.accountant import spent
+
+    costs = spent(fed.ledger.rows(), config.delta)
+    return {party: cost for (party, _, _), cost in costs.items()}
 
 
 def finished(fed: Federation, task: Task) -> nn.Module:

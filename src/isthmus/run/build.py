@@ -62,7 +62,6 @@ class Built:
     federation: Federation
     module: nn.Module
     tests: list[np.ndarray] | None
-    names: list[str]
 
 
 def build(
@@ -81,6 +80,10 @@ def build(
         if config.data_dir is not None
         else task.synthesise(config.seed, cast(Any, size))
     )
+    if config.evaluate_items is not None:
+        few = np.arange(min(config.evaluate_items, len(splits.test)))
+        if not config.partition.startswith(("auto", "natural")):
+            splits = splits._replace(test=splits.test.take(few))
     config, parts, tests, names = _clients(config, task, splits)
     stage = task.stages()[0]
     kind = _method(config)
@@ -129,8 +132,9 @@ def build(
         state=method.init(tensors),
         ranks=_ranks(config, settings, method),
         versions=np.zeros(config.clients, np.int64),
+        names=names,
     )
-    return Built(config, task, splits, federation, module, tests, names)
+    return Built(config, task, splits, federation, module, tests)
 
 
 def _rate(lr: float, decay: float, round: int) -> float:
@@ -174,14 +178,16 @@ def _clients(
     if empty:
         raise InputError("partition", scheme, f"one that gives client {empty[0]} some data")
     if not scheme.startswith("natural"):
-        return config, parts, None, [f"client/{i}" for i in range(config.clients)]
+        return config, parts, None, []
     groups = np.array(splits.train.group)
     held = [set(groups[part].tolist()) for part in parts]
     theirs = np.array(splits.test.group)
     tests = [np.flatnonzero(np.isin(theirs, sorted(own))) for own in held]
     if not any(map(len, tests)):
         tests = None
-    return config, parts, tests, ["+".join(sorted(own)) for own in held]
+    if config.evaluate_items is not None:
+        tests = [part[: config.evaluate_items] for part in tests]
+    return config, parts, tests, [f"client/{'+'.join(sorted(own))}" for own in held]
 
 
 def _adapted(module: nn.Module, settings: Any, config: Config) -> tuple[nn.Module, Any]:
@@ -386,8 +392,8 @@ def _flops(stage: Stage, module: nn.Module, tensors: Tree, named: Names, items: 
     return count_flops(gradient) / size
 
 
-def environment() -> dict[str, Any]:
-    """What the run ran on: versions and the number of threads."""
+def environment(command: Sequence[str] = ()) -> dict[str, Any]:
+    """What the run was started by and ran on: command, versions, number of threads."""
     import isthmus
 
     return {
@@ -398,4 +404,5 @@ def environment() -> dict[str, Any]:
         "processor": platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **({"command": list(command)} if command else {}),
     }

@@ -73,7 +73,7 @@ class Config(BaseModel):
     )
     selector: str | None = Field(None, description="whose uploads count: krum:f=2, multi-krum:f=2")
     reducer: str | None = Field(None, description="instead of the mean: median, trimmed-mean:f=2")
-    attack: str | None = Field(None, description="sign-flip:scale=3, random-update")
+    attack: str | None = Field(None, description="sign-flip:scale=3, gaussian")
     attackers: int = Field(0, ge=0, description="how many clients the attacker holds (the first)")
     guard: Literal["raise", "drop", "clip"] = Field(
         "raise", description="what happens to uploads with NaN or infinity"
@@ -90,6 +90,9 @@ class Config(BaseModel):
     threads: int | None = Field(None, ge=1, description="threads of arithmetic")
 
     evaluate: int = Field(1, ge=0, description="score every so many rounds (0: before and after)")
+    evaluate_items: int | None = Field(
+        None, ge=1, description="test items to score (of each owner, where owners are natural)"
+    )
     checkpoint: int = Field(1, ge=0, description="checkpoint every so many rounds (0: never)")
     seed: int = Field(0, ge=0, description="of every draw")
 

@@ -15,7 +15,7 @@ from isthmus.run.config import Config
 from isthmus.wire.ledger import Ledger
 
 CONFIG, LEDGER, METRICS, CLIENTS = "config.yaml", "ledger.jsonl", "metrics.jsonl", "clients.bin"
-ENVIRONMENT, MODEL, REPORT = "environment.json", "model", "report.html"
+ENVIRONMENT, PRIVACY = "environment.json", "privacy.json"
 
 
 class Folder:
@@ -54,6 +54,12 @@ class Folder:
         """Append rows of metrics, readable at once."""
         self._metrics.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         self._metrics.flush()
+
+    def write_privacy(self, delta: float, spent: Mapping[str, float], round: int) -> None:
+        """Write what the accountant composed: epsilon of each party at `delta`."""
+        rows = [{"round": round, "party": party, "epsilon": cost} for party, cost in spent.items()]
+        text = json.dumps({"delta": delta, "epsilon": rows}, indent=1) + "\n"
+        checkpoint.replace_file(self.path / PRIVACY, text.encode())
 
     def save(self, fed: Federation) -> None:
         """Make everything so far survive, then write the checkpoint that says so."""

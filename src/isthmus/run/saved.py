@@ -64,3 +64,23 @@ def load(folder: Path, config: Config | None = None) -> nn.Module:
             write(wrapped, load_file(str(target / BACKBONE)))
         return wrapped.eval()
     return write(module, load_file(str(target / WEIGHTS))).eval()
+
+
+def language_of(name: str) -> Any:
+    """The language model called `name`, which may be the folder of a run of task `text`.
+
+    Raises `InputError` as `models.language.load` does, and for a run of another task.
+    """
+    from dataclasses import replace
+
+    from isthmus.models import language
+
+    folder = Path(name).expanduser()
+    if not (folder / "config.yaml").is_file():
+        return language.load(name)
+    config = Config.make(Config.read(folder / "config.yaml"))
+    if config.task != "text":
+        raise InputError("model", f"{name} (a run of task {config.task})", "a run of task text")
+    base = config.model if config.model not in (None, *SIZES) else "embedded"
+    model: Any = load(folder, config)
+    return replace(language.load(cast(str, base)), model=model, name=str(name))

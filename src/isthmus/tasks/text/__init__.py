@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from isthmus import catalogue, seeds
 from isthmus.errors import InputError
 from isthmus.models import language
-from isthmus.tasks.contract import Card, Compressible, Cut, Size, Stage, Task
+from isthmus.tasks.contract import Card, Compressible, Cut, Role, Size, Stage, Task
 from isthmus.tasks.items import Batch, Items, Splits, weighted_mean
 from isthmus.tasks.losses import IGNORE, counts, cross_entropy
 from isthmus.tasks.metrics import Perplexity
@@ -150,7 +150,7 @@ class Text(Task):
         return language.load(self.language).model
 
     def stages(self) -> list[Stage]:
-        roles = (("*inv_freq", "frozen"), ("*", "shared"))
+        roles: tuple[tuple[str, Role], ...] = (("*inv_freq", "frozen"), ("*", "shared"))
         return [Stage("tune", self.loss, roles, optimiser="adamw", lr=3e-3, batch_size=8)]
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -255,6 +255,7 @@ def _new(vocabulary: int, seed: int) -> nn.Module:
     """A model of two layers of width 64, from a seed; the global generator is left as it was."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    chosen: Any = {"attn_implementation": "eager"}
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=64,
@@ -264,7 +265,7 @@ def _new(vocabulary: int, seed: int) -> nn.Module:
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        attn_implementation="eager",
+        **chosen,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
