@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -137,7 +138,7 @@ class Selection(NamedTuple):
 
     weights: Tensor | None
     accepted: Tensor
-    diag: dict[str, Any] = {}
+    diag: Mapping[str, Any] = MappingProxyType({})
 
 
 class LowRank(NamedTuple):

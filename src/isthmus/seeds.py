@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
 import torch
@@ -79,11 +80,17 @@ def _mix_array(x: np.ndarray) -> np.ndarray:
     return (x ^ (x >> np.uint64(31))).view(np.int64)
 
 
+@overload
+def fold(parent: int, child: int) -> int: ...
+@overload
+def fold(parent: Tensor, child: int | Tensor) -> Tensor: ...
+@overload
+def fold(parent: int, child: Tensor) -> Tensor: ...
 def fold(parent: Key, child: int | Tensor) -> Key:
     """The key of a child: of integers, or of int64 tensors (one key per client under vmap)."""
-    if isinstance(parent, Tensor) or isinstance(child, Tensor):
-        if isinstance(parent, Tensor):
-            return _mix_tensor(parent + _signed(_GOLDEN) + child)
+    if isinstance(parent, Tensor):
+        return _mix_tensor(parent + _signed(_GOLDEN) + child)
+    if isinstance(child, Tensor):
         return _mix_tensor(_signed(parent + _GOLDEN) + child)
     return _signed(_mix((parent + _GOLDEN + _word(child)) & _MASK))
 

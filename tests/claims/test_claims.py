@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,7 @@ def test_a_claim_runs_on_one_thread_and_puts_it_back(
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+        sys.modules.pop("isthmus.claims.fedprox", None)
     assert seen.system == "fedprox" and seen.checks[0].here == "1" and told == ["running"]
 
 

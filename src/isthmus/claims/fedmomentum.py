@@ -12,12 +12,13 @@ ones through LoRA on all layers (r 4, alpha 8; AdamW 5e-3 made anew each round, 
 of well under a point, so the rest of the claim is about what is exact: the round itself, what
 crosses, and the directions that a round keeps.
 
-Thresholds are half of the mean gap over eight seeds: FedIT - FedMomentum 0.19 (all eight
-positive). At another learning rate, rank or skew the methods may stand in another order: with
-r 2, ten clients and Dirichlet(0.1) FedEx-LoRA can be the better one, so FedMomentum is not
-compared with it. There (20 steps, alpha 8) the residual is left out once; that costs 0.06 in the
-mean of eight seeds, with a standard deviation of 0.14, and nothing at alpha 4: the direction is
-seen, the size is uncertain.
+Thresholds are half of the mean gap over eight seeds: FedIT - FedMomentum 0.21 (0.72 to -0.07,
+two of eight below zero), FLoRA - FedIT 1.27, FFA-LoRA - FLoRA 2.04, and two rounds of fifteen.
+At another learning rate, rank or skew the methods may stand in another order: with r 2, ten
+clients and Dirichlet(0.1) FedEx-LoRA can be the better one, so FedMomentum is not compared with
+it. There (20 steps, alpha 8) the residual is left out once; that costs 0.06 in the mean of eight
+seeds, with a standard deviation of 0.14, and nothing at alpha 4: the direction is seen, the size
+is uncertain.
 """
 
 from __future__ import annotations
@@ -103,9 +104,9 @@ def claim(progress: Progress) -> list[Check]:
     progress("the mechanism")
     kept, reset = watched(tasks[0], "fedmomentum", tau=1.0), watched(tasks[0], "flora")
     return [
-        below("worse than FLoRA: FFA-LoRA", runs["flora"], runs["ffa-lora"], 1.0),
-        below("worse than FedIT: FLoRA", runs["fedit"], runs["flora"], 0.6),
-        below("worse than FedMomentum: FedIT", runs["fedmomentum"], runs["fedit"], 0.09),
+        below("FFA-LoRA ends above FLoRA", runs["flora"], runs["ffa-lora"], 1.0),
+        below("FLoRA ends above FedIT", runs["fedit"], runs["flora"], 0.6),
+        below("FedIT ends above FedMomentum", runs["fedmomentum"], runs["fedit"], 0.10),
         faster(runs["fedmomentum"], runs["fedit"]),
         exact(kept),
         crossed(runs, reports),
@@ -121,8 +122,8 @@ def losses(runs: Sequence[Run], round: int = -1) -> float:
 def below(name: str, better: Sequence[Run], worse: Sequence[Run], margin: float) -> Check:
     """The test loss of one method is below another's by a margin."""
     a, b = losses(better), losses(worse)
-    here = f"test loss {b:.2f} and {a:.2f} (gap {b - a:.2f}, at least {margin:.2f} asked)"
-    return Check(name, "lower final accuracy", here, b - a > margin)
+    here = f"test loss {b:.2f} and {a:.2f} (gap {b - a:.2f}, {margin:.2f} asked)"
+    return Check(name, "FedMomentum best at the end", here, b - a > margin)
 
 
 def faster(momentum: Sequence[Run], factors: Sequence[Run]) -> Check:
@@ -199,8 +200,8 @@ def exact(history: Sequence[Sequence[Layer]]) -> Check:
 def directions(kept: Sequence[Sequence[Layer]], reset: Sequence[Sequence[Layer]]) -> Check:
     """||V_t^T V_{t+1}||^2 / r of the leading directions of consecutive rounds."""
     ours, theirs = overlap(kept), overlap(reset)
-    here = f"overlap of two rounds {ours:.2f}, with FLoRA's restart {theirs:.2f} (0.2 asked)"
-    return Check("rounds continue along learned directions", "momentum", here, ours - theirs > 0.2)
+    here = f"overlap of two rounds {ours:.2f}, with FLoRA's restart {theirs:.2f} (gap 0.36 asked)"
+    return Check("rounds continue along learned directions", "momentum", here, ours - theirs > 0.36)
 
 
 def overlap(history: Sequence[Sequence[Layer]]) -> float:

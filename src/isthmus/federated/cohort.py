@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ def visits_of(cohort: Cohort, ground: Ground) -> dict[str, Tensor]:
 def visit_of(cohort: Cohort, ground: Ground, i: int) -> Visit:
     """The visit of the i-th client of a cohort."""
     fields = {name: x[i] for name, x in visits_of(cohort, ground).items()}
-    return Visit(**fields, purpose=cohort.purpose)
+    return Visit(**cast(Any, fields), purpose=cohort.purpose)
 
 
 def _padded(own: Sequence[Plan]) -> Plan:

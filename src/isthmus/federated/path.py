@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -46,16 +46,12 @@ Guard = Literal["raise", "drop", "clip"]
 GUARDS: tuple[Guard, ...] = ("raise", "drop", "clip")
 
 FIELDS = {
-    "client": Field("u32"),
-    "round": Field("u32"),
     "version": Field("u32"),
     "examples": Field("f64", low=0.0),
     "steps": Field("u32"),
     "rank": Field("u16"),
 }
-"""What an update message declares besides its tensors."""
-
-_DOWN = {"round": Field("u32")}
+"""What an update declares besides its tensors; session is the round, sequence the client."""
 
 Axes = Mapping[str, int]
 """Tensors of which a client sends the slice of its rank: name -> axis (from the end)."""
@@ -109,8 +105,8 @@ class Path:
         payload = (
             Payload(stacked) if plain else self.download.encode_many(stacked, [key], declared=True)
         )
-        schema, template = self._schema("model", _MODEL, _DOWN, stacked, payload.tensors)
-        parcel = encode_many(schema, {"round": [round]}, payload.tensors)
+        schema, template = self._schema("model", _MODEL, {}, stacked, payload.tensors)
+        parcel = encode_many(schema, {}, payload.tensors, session=round)
         _, tensors = decode_many(parcel, schema)
         got = tensors if plain else self.download.decode_many(Payload(tensors, {}, 1), template)
         arrived = _widened(tree.row(got, 0), sent)
@@ -211,7 +207,7 @@ class Path:
         if rank is not None:
             some = replace(some, values=_sliced(wide, rank, self.axes))
         tensors = _joined(some)
-        own = seeds.keys_of(keys[rows], _CODEC)
+        own = torch.from_numpy(seeds.keys_of(keys[rows], _CODEC))
         memory: Tree = {}
         plain = _plain(self.codec)
         if plain:
@@ -225,14 +221,15 @@ class Path:
             memory = {MEMORY + name: x for name, x in after.items()}
         schema, template = self._schema("update", _UPDATE, FIELDS, tensors, payload.tensors)
         fields = {
-            "client": [m.client for m in some.meta],
-            "round": [m.round for m in some.meta],
             "version": [m.version for m in some.meta],
             "examples": [m.n_examples for m in some.meta],
             "steps": [m.steps for m in some.meta],
             "rank": [m.rank or 0 for m in some.meta],
         }
-        parcel = encode_many(schema, fields, payload.tensors)
+        clients = [m.client for m in some.meta]
+        parcel = encode_many(
+            schema, fields, payload.tensors, session=some.meta[0].round, sequence=clients
+        )
         _, arrived = decode_many(parcel, schema, finite=self.guard == "raise")
         got = (
             arrived if plain else self.codec.decode_many(Payload(arrived, {}, len(rows)), template)
@@ -240,7 +237,7 @@ class Path:
         parted = _split(got)
         if rank is not None:
             parted["values"] = _widened(parted["values"], wide)
-        back = Updates(**parted, meta=some.meta)
+        back = Updates(**cast(Any, parted), meta=some.meta)
         values = np.full(len(rows), _values(payload.tensors) // max(1, len(rows)))
         return back, parcel.sizes, values, memory
 
@@ -323,7 +320,7 @@ class Path:
         ).all(0)
         if self.guard == "clip":
             cleaned = {name: torch.nan_to_num(x, 0.0, 0.0, 0.0) for name, x in tensors.items()}
-            return Updates(**_split(cleaned), meta=updates.meta)
+            return _with(updates, cleaned)
         if not good.any():
             raise WireError("update", "NaN or infinity from every client")
         return updates.take(good.nonzero().flatten().tolist())
@@ -356,6 +353,11 @@ def _split(flat: Tree, parts: Sequence[str] = PARTS) -> dict[str, Tree]:
         part, _, own = name.partition("/")
         split[part][own] = x
     return split
+
+
+def _with(updates: Updates, flat: Tree, parts: Sequence[str] = PARTS) -> Updates:
+    """The uploads with the tensors of `flat` in place of their own."""
+    return replace(updates, flat=None, **cast(Any, _split(flat, parts)))
 
 
 def _over(updates: Updates, function: Callable[[Tree], Tree], origin: Tree) -> Updates:
@@ -413,4 +415,7 @@ def _concatenated(parts: Sequence[Updates], order: np.ndarray) -> Updates:
         return {name: torch.cat([h[name] for h in held])[index] for name in held[0]}
 
     metas: list[Meta] = [m for u in parts for m in u.meta]
-    return Updates(**{part: cat(part) for part in PARTS}, meta=[metas[i] for i in order])
+    return _with(
+        Updates(meta=[metas[i] for i in order]),
+        {f"{part}/{name}": x for part in PARTS for name, x in cat(part).items()},
+    )

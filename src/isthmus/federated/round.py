@@ -20,7 +20,7 @@ from isthmus.federated.store import ClientStore
 from isthmus.tree import Tree
 from isthmus.wire.device import Device, spend_each
 from isthmus.wire.ledger import Ledger
-from isthmus.wire.link import Delivery, Link
+from isthmus.wire.link import Attempts, Delivery, Link
 
 SERVER = "server"
 
@@ -69,7 +69,7 @@ class Federation:
     def named(self, clients: np.ndarray) -> list[str]:
         """The parties of the ledger for these clients: `client/` and the owner, or the number."""
         if self.names:
-            return [self.names[client] for client in clients.tolist()]
+            return [self.names[int(client)] for client in clients]
         return [f"client/{client}" for client in clients.tolist()]
 
     def step(self) -> Report:
@@ -119,8 +119,9 @@ class Federation:
             still = np.zeros(n)
             arrived = np.ones(n, dtype=bool)
             nothing: Tree = {}
+            nothing_tried = Attempts(still, still, still, still, still)
             return [nothing] * n, Delivery(
-                still, still + self.now, still, still, still, still, arrived, None
+                still, still + self.now, still, still, still, still, arrived, nothing_tried
             )
         sizes, values = np.zeros(n, np.int64), np.zeros(n, np.int64)
         made: dict[Any, tuple[Tree, int, int]] = {}
@@ -225,7 +226,7 @@ class Federation:
             self.now = float(finished.max())
             return Report(self.round, self.now, loss, aux, clients, clients, {})
         origin = partial(self.method.origin, self.state, cohort.downs[0], self.round)
-        sent = self.path.up(updates, left, cohort.keys, int(seeds.fold(key, 3)), origin)
+        sent = self.path.up(updates, left, cohort.keys, seeds.fold(key, 3), origin)
         return self._upload(cohort, sent, finished, loss, aux, key)
 
     def _upload(
@@ -246,7 +247,7 @@ class Federation:
             finished = finished[np.isin(cohort.clients, senders)]
         names = self.named(senders)
         delivery = self.link.send_many(
-            sent.bytes, "up", finished, key=int(seeds.fold(key, 4)), index=senders
+            sent.bytes, "up", finished, key=seeds.fold(key, 4), index=senders
         )
         delivery.enter(
             self.ledger,
@@ -270,7 +271,7 @@ class Federation:
         if not len(arrived):
             return self._nobody(key)
         clients = cohort.clients.tolist()
-        return self._mix(arrived, cohort.downs[0], clients, loss, aux, int(seeds.fold(key, 5)))
+        return self._mix(arrived, cohort.downs[0], clients, loss, aux, seeds.fold(key, 5))
 
     def _mix(
         self,

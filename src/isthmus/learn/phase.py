@@ -41,7 +41,8 @@ class Visit:
     purpose: Purpose = "train"
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """Which items each step sees: `index` int64 `[T, b]`, `weight` float `[T, b]` (0: padding)."""
 
     index: Tensor

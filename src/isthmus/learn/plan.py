@@ -20,9 +20,8 @@ def shuffled_epochs(key: int, n: int, epochs: int, batch: int) -> Plan:
 
     A short batch is padded with item 0 at weight 0. T = epochs * ceil(n / batch).
     """
-    return Plan(
-        *(x[0] for x in shuffled_epochs_many(np.array([key]), np.array([n]), epochs, batch))
-    )
+    many = shuffled_epochs_many(np.array([key]), np.array([n]), epochs, batch)
+    return Plan(many.index[0], many.weight[0])
 
 
 def shuffled_epochs_many(keys: np.ndarray, sizes: np.ndarray, epochs: int, batch: int) -> Plan:

@@ -14,9 +14,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from isthmus.errors import InputError
+from isthmus.learn.visit import BATCH_NORMS
 from isthmus.models.bind import bind
 from isthmus.tree import Tree
 
@@ -59,7 +59,7 @@ def _layer(model: nn.Module, name: str) -> Any:
     """The normalisation layer of a bound model that owns a buffer."""
     owner, _, buffer = name.rpartition(".")
     layer = model.get_submodule(owner)
-    if not isinstance(layer, _BatchNorm) or buffer not in dict(layer.named_buffers()):
+    if not isinstance(layer, BATCH_NORMS) or buffer not in dict(layer.named_buffers()):
         raise InputError(f"role of {name}", "recalibrate", "buffers of batch normalisation")
     return cast(Any, layer)
 
@@ -67,6 +67,6 @@ def _layer(model: nn.Module, name: str) -> Any:
 def freeze_statistics(module: nn.Module) -> nn.Module:
     """Let training passes of normalisation layers leave their buffers alone; returns `module`."""
     for layer in module.modules():
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
+        if isinstance(layer, BATCH_NORMS) and layer.running_mean is not None:
             layer.track_running_stats = False
     return module

@@ -22,6 +22,8 @@ from isthmus.models.bind import bind
 from isthmus.tasks.contract import Batch
 from isthmus.tree import Tree
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 UNROLLED = 4
 """Visits of at most this many steps are recorded as one piece."""
 
@@ -40,22 +42,21 @@ def _one_step(
     """One call of the phase's step: new params, optimiser state, carry, first loss, aux, grads."""
     seen: list[tuple[Tensor, dict[str, Tensor]]] = []
 
-    def loss(at: Tree) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-        value, aux = phase.loss(bind(module, {**fixed, **at}, key=batch.key), batch, carry)
+    def loss(params: Tree) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+        value, aux = phase.loss(bind(module, {**fixed, **params}, key=batch.key), batch, carry)
         return value, (value, aux)
 
-    def grad(at: Tree) -> tuple[Tree, dict[str, Tensor]]:
+    def grad(params: Tree) -> tuple[Tree, dict[str, Tensor]]:
         if functional:
-            grads, (_, (value, aux)) = torch.func.grad_and_value(loss, has_aux=True)(at)
+            grads, (_, (value, aux)) = torch.func.grad_and_value(loss, has_aux=True)(params)
         else:
-            leaves = {name: x.detach().requires_grad_() for name, x in at.items()}
+            leaves = {name: x.detach().requires_grad_() for name, x in params.items()}
             with torch.enable_grad():
                 total, (value, aux) = loss(leaves)
-                got = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-            grads = {
-                name: torch.zeros_like(x) if g is None else g
-                for (name, x), g in zip(leaves.items(), got, strict=True)
-            }
+                got = torch.autograd.grad(
+                    total, list(leaves.values()), allow_unused=True, materialize_grads=True
+                )
+            grads = dict(zip(leaves, got, strict=True))
             value, aux = value.detach(), {name: x.detach() for name, x in aux.items()}
         seen.append((value, aux))
         return grads, aux
@@ -360,8 +361,7 @@ class Steps:
 
 def batch_statistics(module: nn.Module) -> bool:
     """True when a training step of `module` normalises by statistics of the batch."""
-    kinds = nn.modules.batchnorm._BatchNorm
-    return any(isinstance(m, kinds) and m.training for m in module.modules())
+    return any(isinstance(m, BATCH_NORMS) and m.training for m in module.modules())
 
 
 def _where(keep: Tensor, new: Any, old: Any) -> Any:

@@ -86,7 +86,15 @@ def spent(
             event = row["event"]
             _check(event)
             groups.setdefault((row["from"], event["adjacency"], event["unit"]), []).append(event)
-    return {key: epsilon(group, delta, accountant) for key, group in groups.items()}
+    costs: dict[tuple[str, str, str], float] = {}
+    known: dict[str, float] = {}  # parties with the same events share one composition
+    for key, group in groups.items():
+        events = sorted(json.dumps(counted, sort_keys=True) for counted in _grouped(group))
+        text = "\n".join(events)
+        if text not in known:
+            known[text] = epsilon(group, delta, accountant)
+        costs[key] = known[text]
+    return costs
 
 
 def _grouped(events: Iterable[Event]) -> list[tuple[Event, int]]:

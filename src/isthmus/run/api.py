@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from isthmus.errors import InputError
 from isthmus.federated.round import Federation, Report
 from isthmus.federated.score import model_of, personal, recalibrated, score
 from isthmus.models.bind import write
@@ -34,6 +36,9 @@ TUNE: dict[str, Any] = {
     "evaluate": 1,
 }
 """Where `tune` differs from `train`."""
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass
@@ -125,15 +130,22 @@ def start(
         built = build(config, Ledger(), task=task)
         return _play(built, None, watch, [])
     folder = Folder.new(out)
-    built = build(config, folder.ledger(), out / CLIENTS, task)
+    try:
+        built = build(config, folder.ledger(), out / CLIENTS, task)
+    except InputError:
+        folder.discard()
+        raise
     folder.begin(built.config, environment(command))
     return _play(built, folder, watch, [])
 
 
 def resume(out: Path | str, watch: Watch | None = None, task: Task | None = None) -> Run:
     """Continue the run in `out` where its last checkpoint stands."""
-    folder = Folder(Path(out))
+    out = Path(out)
+    folder = Folder(out)
     config = folder.config()
+    if folder.again():
+        return _play(build(config, folder.ledger(), out / CLIENTS, task), folder, watch, [])
     about, tensors, ledger, store = folder.resume()
     built = build(config, ledger, store, task)
     checkpoint.restore(built.federation, about, tensors)
@@ -145,7 +157,19 @@ def resume(out: Path | str, watch: Watch | None = None, task: Task | None = None
 def _play(
     built: Built, folder: Folder | None, watch: Watch | None, rows: list[dict[str, Any]]
 ) -> Run:
-    """Play the rounds that are left."""
+    """Play the rounds that are left; a full disk is one line that says how to go on."""
+    try:
+        return _rounds(built, folder, watch, rows)
+    except OSError as error:
+        if folder is None or error.errno not in _FULL:
+            raise
+        allowed = "a disk with room; the run can be resumed from its last checkpoint"
+        raise InputError("out", f"{folder.path}: {error.strerror}", allowed) from error
+
+
+def _rounds(
+    built: Built, folder: Folder | None, watch: Watch | None, rows: list[dict[str, Any]]
+) -> Run:
     config, fed = built.config, built.federation
 
     def scored() -> list[dict[str, Any]]:
@@ -211,6 +235,6 @@ def finished(fed: Federation, task: Task) -> nn.Module:
     return write(fed.ground.module, shared).eval()
 
 
-def load(folder: Path | str) -> nn.Module:
-    """The model of a finished run, ready to predict."""
-    return saved.load(Path(folder))
+def load(folder: Path | str, task: Task | None = None) -> nn.Module:
+    """The model of a finished run, ready to predict; `task` as it was given to `train`, if so."""
+    return saved.load(Path(folder), task=task)

@@ -36,7 +36,7 @@ from isthmus.models.dropout import keyed
 from isthmus.run import compatibility, pieces
 from isthmus.run.config import Config, explained
 from isthmus.tasks import own
-from isthmus.tasks.contract import Batch, Items, Splits, Stage, Task, roles
+from isthmus.tasks.contract import Batch, Items, Role, Splits, Stage, Task, roles
 from isthmus.tree import Tree
 from isthmus.wire import codecs
 from isthmus.wire.codecs import Chain, Codec, ErrorFeedback, Sign
@@ -185,7 +185,7 @@ def _clients(
     tests = [np.flatnonzero(np.isin(theirs, sorted(own))) for own in held]
     if not any(map(len, tests)):
         tests = None
-    if config.evaluate_items is not None:
+    elif config.evaluate_items is not None:
         tests = [part[: config.evaluate_items] for part in tests]
     return config, parts, tests, [f"client/{'+'.join(sorted(own))}" for own in held]
 
@@ -195,7 +195,8 @@ def _adapted(module: nn.Module, settings: Any, config: Config) -> tuple[nn.Modul
 
     rank = max([settings.rank, *config.ranks])
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
-    alpha = settings.alpha * rank / settings.rank
+    wider = rank / settings.rank  # the scale stays that of the method's own rank
+    alpha = settings.alpha * (wider**0.5 if settings.rslora else wider)
     wrapped = adapter.attach(module, rank, alpha, targets, rslora=settings.rslora, seed=config.seed)
     wrapped.eval()
     return wrapped, adapter.Handle(wrapped).places
@@ -207,7 +208,7 @@ def _names(
     given = roles(stage, tensors)
     if places is not None:
         learned = set(trainable(module))
-        given = {name: "shared" if name in learned else "frozen" for name in given}
+        given = {n: cast(Role, "shared" if n in learned else "frozen") for n in given}
     given = kind.roles(given, places or {})
     by = {role: tuple(n for n, r in given.items() if r == role) for role in set(given.values())}
     asks = set(trainable(module))
@@ -308,7 +309,7 @@ def _memory(config: Config, method: Method, tensors: Tree, kept: Tree) -> Tree:
         allowed = f"false with method {config.method}, which sends factors and not changes"
         raise InputError("feedback", True, allowed)
     zero = torch.zeros((), dtype=torch.int64)
-    visit = Visit(*[zero] * 5, *[torch.zeros(())] * 3)
+    visit = Visit(zero, zero, zero, zero, zero, *[torch.zeros(())] * 3, purpose="train")
     down = method.send(method.init(tensors), Known(0, 0, 0))
     params, carry = method.start(visit, down, kept)
     update, _ = method.finish(visit, params, down, carry, kept)

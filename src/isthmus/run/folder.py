@@ -33,6 +33,12 @@ class Folder:
         path.mkdir(parents=True, exist_ok=True)
         return cls(path)
 
+    def discard(self) -> None:
+        """Take back a folder in which nothing has begun."""
+        for name in (LEDGER, CLIENTS):
+            (self.path / name).unlink(missing_ok=True)
+        self.path.rmdir()
+
     def begin(self, config: Config, environment: Mapping[str, Any]) -> None:
         """Write the resolved configuration and what the run runs on."""
         checkpoint.replace_file(self.path / CONFIG, config.dump().encode())
@@ -87,6 +93,15 @@ class Folder:
         old = fed.store
         fed.store = old.compacted(fresh)
         old.close()
+
+    def again(self) -> bool:
+        """Empty a folder that was left before its first checkpoint; False when it has one."""
+        if (self.path / checkpoint.NAME).exists():
+            return False
+        for path in (self.path / LEDGER, self.path / METRICS, *self.path.glob("clients*.bin")):
+            path.unlink(missing_ok=True)
+        self._metrics = open(self.path / METRICS, "ab")  # noqa: SIM115
+        return True
 
     def resume(self) -> tuple[dict[str, Any], Any, Ledger, Path]:
         """Cut every file to the checkpoint's length: what it says, its tensors, ledger, store."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -19,7 +19,7 @@ def make(place: str, text: str, **more: Any) -> Any:
     naming an unknown piece or option, or a value that is no number or word.
     """
     name, _, rest = text.partition(":")
-    factory = catalogue.find(place, name.strip())
+    factory: Any = catalogue.find(place, name.strip())
     takes = (
         {f.name for f in dataclasses.fields(factory) if f.init}
         if dataclasses.is_dataclass(factory)
@@ -34,6 +34,6 @@ def make(place: str, text: str, **more: Any) -> Any:
             raise unknown(f"{place} {name}", key, sorted(takes))
         options[key] = yaml.safe_load(value)
     try:
-        return factory(**options)
+        return cast(Any, factory)(**options)
     except TypeError as error:
         raise InputError(place, text, f"{name} with {', '.join(sorted(takes))}") from error

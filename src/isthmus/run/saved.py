@@ -18,6 +18,7 @@ from isthmus.models.bind import tensors_of, write
 from isthmus.run.build import SIZES, Built
 from isthmus.run.config import Config
 from isthmus.tasks import own
+from isthmus.tasks.contract import Task
 from isthmus.tree import Tree
 
 WEIGHTS, BACKBONE, ADAPTER = "model.safetensors", "backbone.safetensors", "adapter_config.json"
@@ -43,8 +44,11 @@ def _write(path: Path, tensors: Tree) -> None:
     save_file({name: x.detach().contiguous() for name, x in tensors.items()}, str(path))
 
 
-def load(folder: Path, config: Config | None = None) -> nn.Module:
-    """The model of the run in `folder`. Raises `InputError` for a run that has not finished."""
+def load(folder: Path, config: Config | None = None, task: Task | None = None) -> nn.Module:
+    """The model of the run in `folder`; `task` is that of a run that was given one of its own.
+
+    Raises `InputError` for a run that has not finished.
+    """
     target = folder / "model"
     if not target.is_dir():
         raise InputError("run", folder, "the folder of a finished run, with model/ in it")
@@ -53,7 +57,8 @@ def load(folder: Path, config: Config | None = None) -> nn.Module:
     language = (
         config.model if config.task == "text" and config.model not in (None, *SIZES) else None
     )
-    task = own.find(config.task, language=language) if language else own.find(config.task)
+    if task is None:
+        task = own.find(config.task, language=language) if language else own.find(config.task)
     size = config.model if config.model in SIZES else "small"
     module = task.build(cast(Any, size), config.seed)
     if (target / ADAPTER).exists():

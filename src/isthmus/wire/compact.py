@@ -69,6 +69,11 @@ def read_heads(
     return {name: table[name].tolist() for name in ("session", "sequence", *schema.fields)}
 
 
+def start_of(schema: Schema, places: tuple[Place, ...]) -> int:
+    """Where the tensors begin in a message of a fixed schema."""
+    return _packed(schema).itemsize + len(_sizes(schema, places))
+
+
 def read_head(
     schema: Schema, data: memoryview, finite: bool
 ) -> tuple[Message, tuple[Place, ...], int]:

@@ -89,7 +89,7 @@ def heads(
 ) -> tuple[np.ndarray, list[tuple[int, int, np.ndarray]]]:
     """The heads of n messages of a fixed schema: the shared bytes, and what fills each slot."""
     base = frame(schema, places)
-    shared = np.frombuffer(_sealed(base.text + base.tail), np.uint8)
+    shared, _ = _canonical(schema, places)
     filled = [
         (start, stop, _column(item, columns[name].tolist(), stop - start))
         for name, item, start, stop in base.slots
@@ -102,22 +102,35 @@ def read_heads(
 ) -> dict[str, list[Value]] | None:
     """The fields of n messages `[n, L]`, or None unless every head is written as `heads` does."""
     base = frame(schema, places)
-    shared = np.frombuffer(_sealed(base.text + base.tail), np.uint8)
-    if start != len(shared):
+    shared, outside = _canonical(schema, places)
+    if start != len(shared) or ((matrix[:, :start] != shared) & outside).any():
         return None
     columns: dict[str, list[Value]] = {}
-    last = 0
     for name, item, low, high in base.slots:
-        if (matrix[:, last:low] != shared[last:low]).any():
-            return None
         values = _read_column(item, matrix[:, low:high])
         if values is None:
             return None
         columns[name] = values
-        last = high
-    if (matrix[:, last:start] != shared[last:]).any():
-        return None
     return columns
+
+
+def start_of(schema: Schema, places: tuple[Place, ...]) -> int:
+    """Where the tensors begin in a message whose head `heads` wrote."""
+    return len(_canonical(schema, places)[0])
+
+
+def _canonical(schema: Schema, places: tuple[Place, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes that all heads share, and which of them lie outside the slots."""
+    key = ("canonical", places)
+    found = schema.frames.get(key)
+    if found is None:
+        base = frame(schema, places)
+        shared = np.frombuffer(_sealed(base.text + base.tail), np.uint8)
+        outside = np.ones(len(shared), bool)
+        for _, _, low, high in base.slots:
+            outside[low:high] = False
+        found = schema.keep(key, (shared, outside))
+    return cast("tuple[np.ndarray, np.ndarray]", found)
 
 
 def read_head(

@@ -112,8 +112,7 @@ def decode_many(
     matrix = raw.reshape(n, length)
     first = raw[:length].data
     layout = layout_of(first)
-    _, places, start = layout.read_head(schema, first, finite)
-    columns = layout.read_heads(schema, matrix, places, start) if schema.fixed else None
+    columns, places, start = _heads(layout, schema, matrix, first, finite)
     if columns is None:
         return _each(parcel, schema, finite)
     fields = {
@@ -127,6 +126,25 @@ def decode_many(
     _guard(schema, matrix[:, start:], places, tensors, finite)
     order = schema.tensors if schema.tensors is not None else tensors
     return fields, {name: tensors[name] for name in order}
+
+
+def _heads(
+    layout: Any, schema: Schema, matrix: np.ndarray, first: memoryview, finite: bool
+) -> tuple[dict[str, list[Value]] | None, tuple[Place, ...], int]:
+    """The fields of all heads, places and start; no fields when some head stands apart.
+
+    Heads exactly as `encode_many` writes them for the declared shapes need no parsing.
+    """
+    places = schema.declared
+    if schema.fixed and places is not None:
+        start = layout.start_of(schema, places)
+        if matrix.shape[1] == start + (places[-1].stop if places else 0):
+            columns = layout.read_heads(schema, matrix, places, start)
+            if columns is not None:
+                return columns, places, start
+    _, places, start = layout.read_head(schema, first, finite)
+    columns = layout.read_heads(schema, matrix, places, start) if schema.fixed else None
+    return columns, places, start
 
 
 def _guard(

@@ -130,6 +130,13 @@ class Schema:
         return all(item.dtype in SCALARS for item in self.fields.values())
 
     @cached_property
+    def declared(self) -> tuple[Place, ...] | None:
+        """The places of the tensors, when every size is declared."""
+        if self.tensors is None or any(None in spec.shape for spec in self.tensors.values()):
+            return None
+        return self.place({n: (x.dtype, cast(Shape, x.shape)) for n, x in self.tensors.items()})
+
+    @cached_property
     def frames(self) -> dict[Any, Any]:
         """What the layouts keep with the schema."""
         return {}

@@ -159,7 +159,8 @@ class LoraMethod(Method):
         return B, values.get(at.A, down.A.expand(n, *down.A.shape))
 
     def server(self, state: State, reduced: Reduced, meta: Sequence[Meta]) -> State:
-        shared = {n: reduced.values.get(n, x) for n, x in state["shared"].items()}
+        old: Tree = state["shared"]
+        shared = {**old, **{n: x for n, x in reduced.values.items() if n in old}}
         shared.update({n: shared[n] + reduced.tensors[n] for n in self.rest})
         new: State = {**state, "shared": shared}
         if self.keeps_base and reduced.base_delta:

@@ -21,22 +21,21 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from isthmus import seeds
 from isthmus.contracts import LowRank
 from isthmus.errors import InputError
+from isthmus.federated.method import Knobs
 from isthmus.models.factors import Factors
 
 _CORE_IN_DOUBLE = 512
 _NO_WEIGHT = 1e-6  # float32 weights sum to one within this
 
 
-class Lora(BaseModel):
+class Lora(Knobs):
     """The adapter every method here trains."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: int = Field(default=8, ge=1, description="r, directions per layer")
     alpha: float = Field(default=16.0, gt=0, description="the scale is alpha / rank")

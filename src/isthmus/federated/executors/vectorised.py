@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -171,12 +171,13 @@ class _Visit:
 
 class _Start:
     def __init__(self, method: Method, purpose: Purpose) -> None:
-        self.method, self.purpose = method, purpose
+        self.method = method
+        self.purpose: Purpose = purpose
         self.tag = ("start", method, purpose)
 
     def __call__(self, fields: Tree, alike: Tree, apart: Tree, kept: Tree) -> tuple[Nest, None]:
         def start(fields: Tree, apart: Tree, kept: Tree) -> Nest:
-            visit = Visit(**fields, purpose=self.purpose)
+            visit = Visit(**cast(Any, fields), purpose=self.purpose)
             params, carry = self.method.start(visit, {**alike, **apart}, kept)
             return {"params": params, "carry": carry}
 
@@ -185,14 +186,15 @@ class _Start:
 
 class _Finish:
     def __init__(self, method: Method, purpose: Purpose) -> None:
-        self.method, self.purpose = method, purpose
+        self.method = method
+        self.purpose: Purpose = purpose
         self.tag = ("finish", method, purpose)
 
     def __call__(
         self, fields: Tree, params: Tree, alike: Tree, apart: Tree, carry: Any, kept: Tree
     ) -> tuple[Nest, None]:
         def finish(fields: Tree, params: Tree, apart: Tree, carry: Any, kept: Tree) -> Nest:
-            visit = Visit(**fields, purpose=self.purpose)
+            visit = Visit(**cast(Any, fields), purpose=self.purpose)
             update, left = self.method.finish(visit, params, {**alike, **apart}, carry, kept)
             return {
                 "delta": update.delta,
