@@ -85,10 +85,12 @@ def weighted_mean(stacked: Mapping[str, Tensor], weights: Tensor) -> Tree:
     >>> weighted_mean({"x": torch.tensor([[1.0], [4.0]])}, torch.tensor([0.25, 0.75]))
     {'x': tensor([3.2500])}
     """
-    return {
-        name: (weights.to(x.dtype) @ x.reshape(x.shape[0], -1)).view(x.shape[1:])
-        for name, x in stacked.items()
-    }
+    out: Tree = {}
+    for name, x in stacked.items():
+        if weights.dtype != x.dtype:
+            weights = weights.to(x.dtype)
+        out[name] = torch.mv(x.view(x.shape[0], -1).T, weights).view(x.shape[1:])
+    return out
 
 
 def layout(tree: Mapping[str, Tensor], stacked: bool = False) -> Layout:

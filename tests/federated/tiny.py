@@ -33,10 +33,12 @@ LAYERS = ("lower", "head")
 def net(seed: int, dropout: float = 0.0) -> Net:
     """6 - 9 - 4 with tanh; both layers can carry an adapter."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    layers["lower"], layers["act"] = nn.Linear(WIDE, HIDDEN), nn.Tanh()
-    if dropout:
-        layers["drop"] = nn.Dropout(dropout)
-    return initialise(Net(nn.Sequential(layers), nn.Linear(HIDDEN, CLASSES)), seed)
+    with torch.device("meta"):
+        layers["lower"], layers["act"] = nn.Linear(WIDE, HIDDEN), nn.Tanh()
+        if dropout:
+            layers["drop"] = nn.Dropout(dropout)
+        made = Net(nn.Sequential(layers), nn.Linear(HIDDEN, CLASSES))
+    return initialise(made.to_empty(device="cpu"), seed)
 
 
 def data(sizes: Sequence[int], dtype: torch.dtype, seed: int = 3) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 FedAvg on digits: 100 clients, one local epoch, batches of 10, an MLP 64-128-10. The loop copies
 the weights, trains each client with `torch.optim.SGD` and averages; it encodes nothing and
 counts nothing. A round here does all of its accounting: encoded, checked and decoded messages,
-links, devices, and a ledger on disk. Both get the same threads.
+links, devices, and a ledger on disk. Both run on one thread, taken in turns.
 """
 
 from __future__ import annotations
@@ -103,6 +103,15 @@ MODES = {"eager": "trace", "compiled": "compile"}
 
 def figures(compiled: bool = True) -> list[Figure]:
     """Rounds beside the bare loop, the time to compile, and memory with many clients."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measure(compiled)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(compiled: bool) -> list[Figure]:
     out: list[Figure] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from isthmus.contracts import Updates
 from isthmus.federated.method import Data, Method
 from isthmus.learn.phase import Phase, Plan, Purpose, Visit
+from isthmus.learn.visit import batch_statistics
 from isthmus.tree import Tree
 
 
@@ -85,6 +86,11 @@ class Ground:
     owned: Owned
 
     @cached_property
+    def exact(self) -> bool:
+        """True when steps use statistics of the batch, which padding would change."""
+        return batch_statistics(self.module)
+
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The type in which the model computes."""
         return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
@@ -97,7 +103,9 @@ class Ground:
         else:
             plan = _padded([self._own_plan(method, phase, cohort, i) for i in range(len(cohort))])
         starts = self.owned.starts[cohort.clients]
-        flat = np.minimum(plan.index.numpy() + starts[:, None, None], len(self.owned.order) - 1)
+        flat = plan.index.numpy() + starts[:, None, None]
+        if not sizes.all():  # a client without items may point behind the last row
+            flat = np.minimum(flat, len(self.owned.order) - 1)
         return Plan(torch.from_numpy(self.owned.order[flat]), plan.weight.to(self.dtype))
 
     def _own_plan(self, method: Method, phase: Phase, cohort: Cohort, i: int) -> Plan:
@@ -109,18 +117,14 @@ class Ground:
 
 def visits_of(cohort: Cohort, ground: Ground) -> dict[str, Tensor]:
     """The fields of `Visit` but its purpose, `[n]` each (steps are not known yet: zero)."""
-    n = len(cohort)
-    lr = torch.full((n,), cohort.lr, dtype=ground.dtype)
-    return {
-        "client": torch.from_numpy(cohort.clients),
-        "round": torch.full((n,), cohort.round, dtype=torch.int64),
-        "version": torch.from_numpy(cohort.versions),
-        "rank": torch.from_numpy(cohort.ranks),
-        "key": torch.from_numpy(cohort.keys),
-        "examples": torch.from_numpy(ground.owned.sizes(cohort.clients)).to(lr.dtype),
-        "steps": torch.zeros_like(lr),
-        "lr": lr,
-    }
+    whole = np.empty((5, len(cohort)), np.int64)
+    whole[0], whole[1], whole[2] = cohort.clients, cohort.round, cohort.versions
+    whole[3], whole[4] = cohort.ranks, cohort.keys
+    real = np.zeros((3, len(cohort)))
+    real[0], real[2] = ground.owned.sizes(cohort.clients), cohort.lr
+    names = ("client", "round", "version", "rank", "key", "examples", "steps", "lr")
+    columns = [*torch.from_numpy(whole).unbind(), *torch.from_numpy(real).to(ground.dtype).unbind()]
+    return dict(zip(names, columns, strict=True))
 
 
 def visit_of(cohort: Cohort, ground: Ground, i: int) -> Visit:

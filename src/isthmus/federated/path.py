@@ -7,7 +7,7 @@ central noise. What the server uses is what was decoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, cast
 
@@ -46,12 +46,11 @@ Guard = Literal["raise", "drop", "clip"]
 GUARDS: tuple[Guard, ...] = ("raise", "drop", "clip")
 
 FIELDS = {
-    "version": Field("u32"),
     "examples": Field("f64", low=0.0),
     "steps": Field("u32"),
     "rank": Field("u16"),
 }
-"""What an update declares besides its tensors; session is the round, sequence the client."""
+"""What an update may declare; its session is the round and its sequence the client."""
 
 Axes = Mapping[str, int]
 """Tensors of which a client sends the slice of its rank: name -> axis (from the end)."""
@@ -105,7 +104,7 @@ class Path:
         payload = (
             Payload(stacked) if plain else self.download.encode_many(stacked, [key], declared=True)
         )
-        schema, template = self._schema("model", _MODEL, {}, stacked, payload.tensors)
+        schema, template = self._schema("model", _MODEL, (), stacked, payload.tensors)
         parcel = encode_many(schema, {}, payload.tensors, session=round)
         _, tensors = decode_many(parcel, schema)
         got = tensors if plain else self.download.decode_many(Payload(tensors, {}, 1), template)
@@ -207,10 +206,10 @@ class Path:
         if rank is not None:
             some = replace(some, values=_sliced(wide, rank, self.axes))
         tensors = _joined(some)
-        own = torch.from_numpy(seeds.keys_of(keys[rows], _CODEC))
         memory: Tree = {}
         plain = _plain(self.codec)
-        if plain:
+        own = torch.from_numpy(seeds.keys_of(keys[rows], _CODEC)) if not plain else None
+        if own is None:
             payload = Payload(tensors, {}, len(rows))
         elif self.feedback is None:
             payload = self.codec.encode_many(tensors, own, declared=True)
@@ -219,13 +218,13 @@ class Path:
             before = {n: kept[MEMORY + n][index] for n in tensors if MEMORY + n in kept}
             payload, after = self.feedback.step_many(tensors, own, before, declared=True)
             memory = {MEMORY + name: x for name, x in after.items()}
-        schema, template = self._schema("update", _UPDATE, FIELDS, tensors, payload.tensors)
-        fields = {
-            "version": [m.version for m in some.meta],
+        fields: dict[str, list[float]] = {
             "examples": [m.n_examples for m in some.meta],
             "steps": [m.steps for m in some.meta],
-            "rank": [m.rank or 0 for m in some.meta],
         }
+        if rank is not None:
+            fields["rank"] = [rank] * len(some.meta)
+        schema, template = self._schema("update", _UPDATE, fields, tensors, payload.tensors)
         clients = [m.client for m in some.meta]
         parcel = encode_many(
             schema, fields, payload.tensors, session=some.meta[0].round, sequence=clients
@@ -252,14 +251,15 @@ class Path:
         return len(encode(Message("base", {}, changes), schema)), tree.nbytes(changes)
 
     def _schema(
-        self, kind: str, number: int, fields: dict[str, Field], plain: Tree, packed: Tree
+        self, kind: str, number: int, fields: Iterable[str], plain: Tree, packed: Tree
     ) -> tuple[Schema, Template]:
         """The schema of messages with these packed tensors, and the template of the plain ones."""
         shapes = tuple([(name, x.dtype, x.shape[1:]) for name, x in plain.items()])
         found = self._schemas.get((kind, shapes))
         if found is None:
             template = {name: TensorSpec(x.dtype, tuple(x.shape[1:])) for name, x in plain.items()}
-            found = Schema.of_tree(kind, number, fields, tree.row(packed, 0)), template
+            declared = {name: FIELDS[name] for name in fields}
+            found = Schema.of_tree(kind, number, declared, tree.row(packed, 0)), template
             self._schemas[kind, shapes] = found
         return found
 

@@ -9,7 +9,7 @@ meets a set of shapes (`torch.fx.experimental.proxy_tensor.make_fx`) and replays
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Graphs:
     """Recordings of functions, by tag and by the shapes, strides and types of their tensors.
 
     `mode`: `none` calls the function as it is, `trace` replays its operations, `compile` runs
-    them through `torch.compile`. A function must be pure, must not branch on tensor values,
+    them through the inductor. A function must be pure, must not branch on tensor values,
     and everything that may change between calls must be among its tensors or in its tag.
     """
 
@@ -68,7 +68,7 @@ class Graphs:
             return function(*nests)
         leaves: list[Tensor] = []
         structure = tuple([flatten(nest, leaves) for nest in nests])
-        sizes = tuple([(x.shape, x.stride(), x.dtype, x.device) for x in leaves])
+        sizes = tuple([(x.shape, x.stride(), x.dtype) for x in leaves])
         slot = (tag, structure, sizes)
         found = self._kept.get(slot)
         if found is None:
@@ -107,9 +107,11 @@ class Graphs:
 
 
 def _compiled(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[..., Any]:
-    run = torch.compile(graph, fullgraph=True, dynamic=False)
+    from torch._inductor import compile as lower
+
     try:
         with torch.no_grad():
+            run = cast(Callable[..., Any], lower(graph, leaves))
             run(*leaves)
     except Exception as error:  # the inductor raises many kinds, all meaning "not here"
         if "ompiler" in f"{type(error).__name__} {error}":

@@ -137,23 +137,25 @@ def vectorised(
     keys: np.ndarray,
     lr: Tensor,
     graphs: Graphs,
+    exact: bool | None = None,
 ) -> Work:
     """The phase for n clients: `params` and `carry` stacked `[n, ...]`, plan `[n, T, b]`.
 
     A tensor of `params` that is the same for all clients may come expanded (stride 0): it is
     then read once. Rows of weight 0 are padding; a client whose steps are used up, or whom
     `until` has stopped, keeps its tensors. Clients of a model with batch statistics must have
-    plans of one shape, because a padded row would count in those.
+    plans of one shape, because a padded row would count in those; `exact` says whether it is
+    one, if the caller knows.
     """
     n, planned, _ = plan.index.shape
     if planned == 0:
         nothing = torch.zeros(n)
         return Work(params, carry, nothing, {}, nothing, nothing, 0)
-    exact = batch_statistics(module)
+    exact = batch_statistics(module) if exact is None else exact
     live = plan.weight.amax(-1) > 0
     ragged = phase.until is not None or not bool(live.all())
     step_keys = keys_of_steps(keys, planned)
-    if short(module, plan):
+    if short(plan, exact):
         function = Whole(phase, module, ragged)
         sequence = {"index": plan.index, "weight": plan.weight, "key": step_keys, "live": live}
         out, grads = graphs.call(
@@ -194,9 +196,9 @@ def vectorised(
     return Work({**rest, **mine}, carry, **sums, grads=grads)
 
 
-def short(module: nn.Module, plan: Plan) -> bool:
+def short(plan: Plan, exact: bool) -> bool:
     """True for a plan that is worth recording as one piece."""
-    return 0 < plan.index.shape[-2] <= UNROLLED and not batch_statistics(module)
+    return 0 < plan.index.shape[-2] <= UNROLLED and not exact
 
 
 def keys_of_steps(keys: np.ndarray, steps: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,9 +131,11 @@ def start(
         built = build(config, Ledger(), task=task)
         return _play(built, None, watch, [])
     folder = Folder.new(out)
+    ledger = folder.ledger()
     try:
-        built = build(config, folder.ledger(), out / CLIENTS, task)
+        built = build(config, ledger, out / CLIENTS, task)
     except InputError:
+        ledger.close()
         folder.discard()
         raise
     folder.begin(built.config, environment(command))
@@ -165,6 +168,12 @@ def _play(
             raise
         allowed = "a disk with room; the run can be resumed from its last checkpoint"
         raise InputError("out", f"{folder.path}: {error.strerror}", allowed) from error
+    finally:
+        if folder is not None:
+            folder.close()
+            built.federation.store.close()
+            with suppress(OSError):  # what could not be written has been said above
+                built.federation.ledger.close()
 
 
 def _rounds(
@@ -203,7 +212,6 @@ def _rounds(
         if spent:
             folder.write_privacy(config.delta, spent, fed.round)
         saved.save(folder.path, built, model)
-        folder.close()
     return Run(
         config,
         folder.path if folder is not None else None,

@@ -19,7 +19,9 @@ Compile = Literal["auto", "none", "trace", "compile"]
 class Config(BaseModel):
     """Everything that decides a training run; what is `auto` is written out once chosen."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="constants"
+    )
 
     task: str = Field("digits", description="what is learned: a task's name, or path.py:name")
     method: str = Field("fedavg", description="how it is learned: a method's name, or path.py:name")

@@ -18,7 +18,6 @@ from isthmus.learn.graph import Graphs, Mode, Nest
 from isthmus.learn.phase import Phase, Plan, Purpose, Visit
 from isthmus.learn.visit import (
     Whole,
-    batch_statistics,
     keys_of_steps,
     short,
     stack_alike,
@@ -48,7 +47,7 @@ class Vectorised:
     def _groups(self, method: Method, ground: Ground, cohort: Cohort) -> list[np.ndarray]:
         everyone = np.arange(len(cohort))
         groups = [everyone]
-        if batch_statistics(ground.module):
+        if ground.exact:
             sizes = ground.owned.sizes(cohort.clients)
             groups = [everyone[sizes == size] for size in np.unique(sizes)]
         if self.chunk:
@@ -60,15 +59,13 @@ class Vectorised:
     def _run(self, method: Method, ground: Ground, cohort: Cohort) -> Done:
         n = len(cohort)
         fields = visits_of(cohort, ground)
-        down = stack_alike(cohort.downs)
-        alike = {name: x[0] for name, x in down.items() if n > 1 and x.stride(0) == 0}
-        apart = {name: x for name, x in down.items() if name not in alike}
+        alike, apart = _downloads(cohort.downs)
         phases = method.phases(cohort.purpose)
         plans: list[Plan] = []
         for number, phase in enumerate(phases):
             keys = seeds.keys_of(cohort.keys, number)
             plans.append(ground.plan(method, phase, replace(cohort, keys=keys)))
-        if len(phases) == 1 and short(ground.module, plans[0]):
+        if len(phases) == 1 and short(plans[0], ground.exact):
             return self._at_once(method, ground, cohort, phases[0], plans[0], fields, alike, apart)
         start = _Start(method, cohort.purpose)
         begun, _ = self.graphs.call(start.tag, start, fields, alike, apart, cohort.kept)
@@ -87,6 +84,7 @@ class Vectorised:
                 seeds.keys_of(cohort.keys, number),
                 fields["lr"][0],
                 self.graphs,
+                ground.exact,
             )
             params, carry, loss, aux = work.params, work.carry, work.loss, work.aux
             steps, examples = steps + work.steps, examples + work.examples
@@ -205,6 +203,16 @@ class _Finish:
             }
 
         return torch.vmap(finish)(fields, params, apart, carry, kept), None
+
+
+def _downloads(downs: Sequence[Tree]) -> tuple[Tree, Tree]:
+    """The downloaded tensors that all clients have alike, and the others stacked."""
+    first = downs[0]
+    if all(down is first for down in downs):
+        return first, {}
+    down = stack_alike(downs)
+    alike = {name: x[0] for name, x in down.items() if len(downs) > 1 and x.stride(0) == 0}
+    return alike, {name: x for name, x in down.items() if name not in alike}
 
 
 def _part(cohort: Cohort, rows: np.ndarray) -> Cohort:

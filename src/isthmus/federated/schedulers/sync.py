@@ -38,8 +38,30 @@ class Sync:
         """The clients of a round, int64, in rising order."""
         if self.cohort == self.population:
             return np.arange(self.population)
-        draw = seeds.rng(self.seed, "cohort", round)
+        key = seeds.fold(seeds.key(self.seed, "cohort"), round)
         size = self.cohort
         if self.sampling == "poisson":
+            draw = np.random.default_rng(key & (2**63 - 1))
             size = int(draw.binomial(self.population, self.cohort / self.population))
-        return np.sort(draw.choice(self.population, size, replace=False, shuffle=False))
+        return distinct(key, size, self.population)
+
+
+def distinct(key: int, count: int, below: int) -> np.ndarray:
+    """`count` different numbers below `below` (int64, rising), every subset equally likely.
+
+    Where few are wanted, hashes are taken as numbers until enough are different, so the work
+    does not grow with `below`; a bias of at most below / 2^63 remains.
+    """
+    if 2 * count > below or below <= 4096:
+        order = np.argsort(seeds.bits_of(np.array([key]), below)[0], kind="stable")
+        return np.sort(order[:count])
+    tries = 2 * count + 8
+    while True:
+        numbers = (seeds.bits_of(np.array([key]), tries)[0] & _LAST) % below
+        _, first = np.unique(numbers, return_index=True)
+        if len(first) >= count:
+            return np.sort(numbers[np.sort(first)[:count]])
+        tries *= 2
+
+
+_LAST = 2**63 - 1
