@@ -10,11 +10,11 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo     the two-minute tour: tune together, then serve in two parts"
+	@echo "make demo     devices tune a language model together, every byte counted"
 	@echo "make test     the test suite"
 	@echo "make check    format, lint, types, floors, then the test suite"
 	@echo "make claims   every paper's claim in miniature (long)"
-	@echo "make bench    the comparison tables (long)"
+	@echo "make bench    measured figures, each beside its goal (long)"
 	@echo "make docs     the documentation, into site/"
 	@echo "make clean    remove what was built, .venv included"
 

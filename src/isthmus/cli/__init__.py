@@ -30,7 +30,7 @@ from isthmus.errors import unknown
 
 VERBS: dict[str, dict[str, str]] = {
     "Start here": {
-        "demo": "the two-minute tour: tune together, then serve in two parts",
+        "demo": "devices tune a language model together, every byte counted",
         "systems": "every system of the catalogue, with its status",
     },
     "Train": {

@@ -2,12 +2,13 @@
 
 Running Python, vmap and grad anew for every step costs more than the arithmetic of a small
 model. `Graphs.call` therefore records the tensor operations of a function the first time it
-meets a set of shapes (`torch.fx.experimental.proxy_tensor.make_fx`) and replays them after;
-`compile` also hands them to the inductor.
+meets a set of shapes (`torch.fx.experimental.proxy_tensor.make_fx`) and replays them after,
+through TorchScript's interpreter; `compile` hands them to the inductor instead.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, cast
 
@@ -103,7 +104,18 @@ class Graphs:
         graph.recompile()
         if self.mode == "compile":
             return _compiled(graph, leaves), shape, static
-        return graph.forward, shape, static
+        return _replayed(graph, leaves), shape, static
+
+
+def _replayed(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[..., Any]:
+    """The operations run one after the other by TorchScript, whose interpreter costs less per
+    operation than Python; or by Python where TorchScript cannot take them."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.jit.trace(graph, tuple(leaves), check_trace=False, strict=False)
+    except Exception:  # it raises many kinds, all meaning "not this graph"
+        return graph.forward
 
 
 def _compiled(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[..., Any]:
@@ -111,7 +123,7 @@ def _compiled(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[...
 
     try:
         with torch.no_grad():
-            run = cast(Callable[..., Any], lower(graph, leaves))
+            run = cast(Callable[..., Any], lower(graph, [*leaves]))
             run(*leaves)
     except Exception as error:  # the inductor raises many kinds, all meaning "not here"
         if "ompiler" in f"{type(error).__name__} {error}":

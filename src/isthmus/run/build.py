@@ -205,10 +205,10 @@ def _adapted(module: nn.Module, settings: Any, config: Config) -> tuple[nn.Modul
 def _names(
     kind: type[Method], stage: Stage, module: nn.Module, tensors: Tree, places: Any
 ) -> Names:
-    given = roles(stage, tensors)
+    given: dict[str, Role] = roles(stage, tensors)
     if places is not None:
         learned = set(trainable(module))
-        given = {n: cast(Role, "shared" if n in learned else "frozen") for n in given}
+        given = {n: "shared" if n in learned else "frozen" for n in given}
     given = kind.roles(given, places or {})
     by = {role: tuple(n for n, r in given.items() if r == role) for role in set(given.values())}
     asks = set(trainable(module))

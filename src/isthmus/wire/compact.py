@@ -38,7 +38,7 @@ def head(schema: Schema, message: Message, places: tuple[Place, ...]) -> bytes:
 
 
 def heads(
-    schema: Schema, columns: Mapping[str, np.ndarray], places: tuple[Place, ...], n: int
+    schema: Schema, columns: Mapping[str, list[Value]], places: tuple[Place, ...], n: int
 ) -> tuple[np.ndarray, list[tuple[int, int, np.ndarray]]]:
     """The heads of n messages of a fixed schema: the shared bytes, and what fills the rest."""
     packed = _packed(schema)

@@ -85,13 +85,13 @@ def head(schema: Schema, message: Message, places: tuple[Place, ...]) -> bytes:
 
 
 def heads(
-    schema: Schema, columns: Mapping[str, np.ndarray], places: tuple[Place, ...], n: int
+    schema: Schema, columns: Mapping[str, list[Value]], places: tuple[Place, ...], n: int
 ) -> tuple[np.ndarray, list[tuple[int, int, np.ndarray]]]:
     """The heads of n messages of a fixed schema: the shared bytes, and what fills each slot."""
     base = frame(schema, places)
     shared, _ = _canonical(schema, places)
     filled = [
-        (start, stop, _column(item, columns[name].tolist(), stop - start))
+        (start, stop, _column(item, columns[name], stop - start))
         for name, item, start, stop in base.slots
     ]
     return shared, filled

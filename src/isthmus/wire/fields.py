@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
@@ -116,6 +117,20 @@ class Field:
         if len(raw) > self.limit:
             raise WireError(name, f"{len(raw)} bytes, at most {self.limit}")
         return value
+
+    def listed(
+        self, name: str, values: Sequence[Any] | np.ndarray, n: int, finite: bool = False
+    ) -> list[Value]:
+        """`check` of n values of a fixed-width field, as plain values."""
+        if type(values) is list and len(values) == n and self.dtype not in ("bool", "f32"):
+            scalar = SCALARS[self.dtype]
+            kind = float if self.dtype == "f64" else int
+            bound = sys.float_info.max if finite and kind is float else math.inf
+            least = max(scalar.low if self.low is None else max(self.low, scalar.low), -bound)
+            most = min(scalar.high if self.high is None else min(self.high, scalar.high), bound)
+            if all(type(value) is kind and least <= value <= most for value in values):
+                return values
+        return cast("list[Value]", self.column(name, values, n, finite).tolist())
 
     def column(
         self, name: str, values: Sequence[Any] | np.ndarray, n: int, finite: bool = False

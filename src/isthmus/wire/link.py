@@ -170,10 +170,11 @@ class Link:
         n = len(bytes)
         sent = np.broadcast_to(np.asarray(now, float), n)
         lost = np.zeros(n, np.int64)
-        if self.loss:
-            draws = seeds.keys(key, np.arange(n) if index is None else index)
-            u = ((draws.view(np.uint64) >> np.uint64(11)) + 0.5) * 2.0**-53
-            lost = np.minimum(np.log(u) // math.log(self.loss), self.attempts).astype(np.int64)
+        if not self.loss:
+            return self._sure(bytes, direction, sent, lost)
+        draws = seeds.keys(key, np.arange(n) if index is None else index)
+        u = ((draws.view(np.uint64) >> np.uint64(11)) + 0.5) * 2.0**-53
+        lost = np.minimum(np.log(u) // math.log(self.loss), self.attempts).astype(np.int64)
         tries = np.minimum(lost + 1, self.attempts)
         t, joules, parts = sent, np.zeros(n), list[tuple[Any, ...]]()
         for k in range(int(tries.max(initial=0))):
@@ -191,6 +192,16 @@ class Link:
             rows = [column[order] for column in rows]
         arrived = lost < self.attempts
         return Delivery(sent, t, t - sent, bytes * tries, joules, lost, arrived, Attempts(*rows))
+
+    def _sure(self, bytes: Any, direction: Direction, sent: Any, none: Any) -> Delivery:
+        """`send_many` where nothing can be lost: one transmission each."""
+        begin = sent + self.per_message
+        end = finish(self.rates[direction], 8 * bytes, begin)
+        done = end + self.latency
+        seconds, joules = done - sent, self._joules(direction, end - begin)
+        index = np.arange(len(none))
+        rows = Attempts(index, sent, seconds, joules, none > 0)
+        return Delivery(sent, done, seconds, bytes, joules, none, none == 0, rows)
 
     def _losses(self, direction: Direction, count: int) -> int:
         """How many transmissions in a row are lost: geometric, from one draw."""

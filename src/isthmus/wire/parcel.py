@@ -65,13 +65,13 @@ def encode_many(
     given = {name: (x.dtype, tuple(x.shape[1:])) for name, x in tensors.items()}
     places = schema.place(given)
     columns = {
-        "session": NUMBER.column("session", _spread(session, n), n),
-        "sequence": NUMBER.column("sequence", _spread(sequence, n), n),
+        "session": NUMBER.listed("session", _spread(session, n), n),
+        "sequence": NUMBER.listed("sequence", _spread(sequence, n), n),
     }
     if n == 0 or not schema.fixed:
         return _one_by_one(schema, fields, tensors, layout, columns, n)
     for name, item in schema.fields.items():
-        columns[name] = item.column(name, fields[name], n)
+        columns[name] = item.listed(name, fields[name], n)
     shared, filled = LAYOUTS[layout].heads(schema, columns, places, n)
     start = len(shared)
     length = start + (places[-1].stop if places else 0)
@@ -116,8 +116,7 @@ def decode_many(
     if columns is None:
         return _each(parcel, schema, finite)
     fields = {
-        name: cast(list[Value], item.column(name, columns[name], n, finite).tolist())
-        for name, item in schema.fields.items()
+        name: item.listed(name, columns[name], n, finite) for name, item in schema.fields.items()
     }
     tensors = {
         place.name: _stacked(matrix[:, start + place.start : start + place.stop], place)
@@ -189,7 +188,7 @@ def _one_by_one(
     fields: Mapping[str, Sequence[Any] | np.ndarray],
     tensors: Mapping[str, Tensor],
     layout: Layout,
-    columns: Mapping[str, np.ndarray],
+    columns: Mapping[str, list[Value]],
     n: int,
 ) -> Parcel:
     """Messages whose heads may differ in length."""
