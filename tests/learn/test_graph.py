@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isthmus import seeds
 from isthmus.errors import InputError
 from isthmus.learn import graph
 from isthmus.learn.graph import Graphs
@@ -106,3 +107,22 @@ def test_recorded_results_carry_no_gradient_graph() -> None:
 def test_an_unknown_mode_names_the_nearest() -> None:
     with pytest.raises(InputError, match=r"compile: tracing given.*nearest: trace"):
         Graphs("tracing")  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [8, 40, 1000])
+def test_compiled_draws_are_the_same_bits(count: int) -> None:
+    """64-bit products of positions are values, not places in memory."""
+
+    def draws(key: torch.Tensor) -> tuple[Any, None]:
+        child = seeds.fold(key, 3)
+        both = {"bits": seeds.bits(child, (count,)), "uniform": seeds.uniform(child, (count,))}
+        return both, None
+
+    keys = torch.tensor([5, -7, 2**60])
+    expected = torch.vmap(lambda x: draws(x)[0])(keys)
+    got, _ = Graphs("compile").call(
+        "draws", lambda k: (torch.vmap(lambda x: draws(x)[0])(k), 0), keys
+    )
+    assert torch.equal(got["bits"], expected["bits"])
+    assert torch.equal(got["uniform"], expected["uniform"])

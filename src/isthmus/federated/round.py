@@ -262,12 +262,13 @@ class Federation:
         for event in sent.events:
             for name in names:
                 self.ledger.privacy(self.now, name, event, self.round)
-        arrived, kept = sent.updates, sent.kept
+        arrived, kept, who = sent.updates, sent.kept, cohort.clients
         if not delivery.delivered.all():
             arrived = arrived.take(np.flatnonzero(delivery.delivered).tolist())
         if len(arrived) < len(cohort):
-            kept = _rows(kept, np.isin(cohort.clients, arrived.clients))
-        self.store.put(np.array(arrived.clients, np.int64), self.round, kept)
+            here = np.isin(who, arrived.clients)
+            who, kept = who[here], _rows(kept, here)
+        self.store.put(who, self.round, kept)
         if not len(arrived):
             return self._nobody(key)
         clients = cohort.clients.tolist()

@@ -110,6 +110,7 @@ def _wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
     # peft draws its start from the global generator; every draw is replaced or loaded over.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         try:
             wrapped = peft.get_peft_model(model, config)
         except ValueError as error:
