@@ -89,6 +89,20 @@ def test_a_changed_tag_shape_stride_type_or_name_is_recorded_anew() -> None:
     assert function.runs == len(calls)
 
 
+def test_a_later_call_changes_neither_earlier_results_nor_what_it_was_given() -> None:
+    graphs, function = Graphs("trace"), Counted()
+    first, _ = graphs.call("tag", function, *nests(1))
+    before = {n: x.clone() for n, x in first["out"].items()}
+    wide, deep = nests(2)
+    given = {n: x.clone() for n, x in wide.items()}
+    second, _ = graphs.call("tag", function, wide, deep)
+    third, _ = graphs.call("tag", function, second["out"], deep)  # results go in again
+    assert all(torch.equal(x, before[n]) for n, x in first["out"].items())
+    assert all(torch.equal(x, given[n]) for n, x in wide.items())
+    expected = Counted()(Counted()(wide, deep)[0]["out"], deep)[0]
+    assert all(torch.equal(x, expected["out"][n]) for n, x in third["out"].items())
+
+
 def test_the_oldest_recordings_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "_KEPT", 2)
     graphs, function = Graphs("trace"), Counted()
