@@ -16,7 +16,7 @@ TUNED = {
     "rounds": 4,
     "steps": 5,
     "batch": 4,
-    "lr": 1e-2,
+    "lr": 5e-3,
     "evaluate": 1,
     "evaluate_items": 8,
     "settings": {"rank": 8, "alpha": 16.0, "targets": "all-linear"},
@@ -29,6 +29,12 @@ STORY = (
     "Eight devices hold private text: each the documentation of another part of a library.",
     "They tune a small language model together. No text leaves a device; adapters do.",
     "The same is done three ways: FedMomentum, FedIT, and every device alone.",
+)
+
+
+AFTERWARDS = (
+    "Perplexity is that of each device's own unseen text. The devices' texts are unlike one "
+    "another, so a device alone does well on its own; the federated models serve all of them."
 )
 
 
@@ -48,6 +54,7 @@ def command(
     from isthmus.cli.training import Watch
     from isthmus.run import api
     from isthmus.run.config import Config
+    from isthmus.tasks import own
 
     console = Console(file=sys.stdout, highlight=False)
     folder = _free(out)
@@ -56,16 +63,18 @@ def command(
         console.print(line)
     console.print()
     folders: list[Path] = []
+    task = own.find("text", language="embedded")
     for method in METHODS:
         config = Config.make({**TUNED, "method": method, "seed": seed})
         watch = Watch(config.rounds, f"{method:<12}")
         with watch:
-            run = api.start(config, folder / method, watch, command=_command(config))
+            run = api.start(config, folder / method, watch, task, _command(config))
         assert run.folder is not None  # it was given one
         folders.append(run.folder)
     console.print()
     read = report.read_all(folders)
     report.terminal(read, console)
+    console.print(AFTERWARDS, style="dim")
     page = report.write(folders, folder / "report.html", "Devices tune a language model together")
     console.print(f"{time.perf_counter() - begun:.0f} seconds in all. Open {page} in a browser.")
     console.print(f"Go on with the tuned model: isthmus generate --model {folders[0]} 'Return the'")
@@ -90,6 +99,7 @@ def _free(out: Path | None) -> Path:
 def _command(config: Any) -> list[str]:
     """The command that repeats one of the demo's runs on its own."""
     words = ["isthmus", "tune", "--method", config.method, "--rounds", str(config.rounds)]
-    words += ["--steps", str(config.steps), "--evaluate-items", str(config.evaluate_items)]
+    words += ["--steps", str(config.steps), "--lr", str(config.lr)]
+    words += ["--evaluate-items", str(config.evaluate_items)]
     settings = [f"settings.{name}={value}" for name, value in config.settings.items()]
     return [*words, "--seed", str(config.seed), "--set", *settings]
