@@ -12,7 +12,18 @@ import numpy as np
 from isthmus.report.read import RunData, Table
 
 _PREFERRED = ("perplexity", "accuracy")
-_LOWER = ("loss", "perplexity", "error", "nll", "mae", "mse", "distance", "divergence", "regret")
+_LOWER = (
+    "loss",
+    "perplexity",
+    "error",
+    "nll",
+    "mae",
+    "mse",
+    "distance",
+    "divergence",
+    "regret",
+    "bits",
+)
 _SPLITS = ("test", "val", "train")
 
 
