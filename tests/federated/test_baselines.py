@@ -181,6 +181,8 @@ def test_scaffold_of_one_client_is_gradient_descent() -> None:
     assert tiny.apart(shared(a), shared(b)) < 1e-12
     with pytest.raises(InputError, match="optimiser: adam given"):
         tiny.federation("scaffold", one, optimiser="adam")
+    with pytest.raises(InputError, match="plain sgd"):
+        tiny.federation("scaffold", one, optimiser="sgd:momentum=0.9")
 
 
 def quadratic_task() -> Task:

@@ -123,9 +123,10 @@ def of(
     Args:
         model: a module (every run starts from its weights), or a function that makes one from
             `seed` (or from nothing).
-        train, test, val: a tuple of tensors or arrays (the last is the target `y`), a
-            `TensorDataset`, any map-style data set of tuples or dicts, a dict of tensors, or
-            `Items`. Without `val`, a tenth of `train` is held out by the run's seed.
+        train: a tuple of tensors or arrays (the last is the target `y`), a `TensorDataset`, any
+            map-style data set of tuples or dicts, a dict of tensors, or `Items`.
+        test: like `train`.
+        val: like `train`; without it, a tenth of `train` is held out by the run's seed.
         loss: `cross-entropy`, `squared-error`, or a function `(outputs, y) -> [b, ...]` with one
             value per item (several targets come as a dict).
         metric: `accuracy`, `perplexity`, `regression` or a `Metric`; by default the one that

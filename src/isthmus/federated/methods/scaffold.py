@@ -34,9 +34,10 @@ class Scaffold(Method):
     """Overrides D, S, P, U, W, V. The model is averaged evenly over the participants."""
 
     def __post_init__(self) -> None:
-        if self.local.optimiser.name != "sgd":
-            given = self.local.optimiser.name
-            raise InputError("optimiser", given, "sgd with method scaffold")
+        rule = self.local.optimiser
+        if rule.name != "sgd" or rule.init({"x": torch.zeros(1)}):
+            given = rule.name if rule.name != "sgd" else "sgd with momentum"
+            raise InputError("optimiser", given, "plain sgd with method scaffold")
 
     @property
     def controlled(self) -> list[str]:
