@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import griffe
+import griffe  # pyright: ignore[reportMissingImports]
 
 EXAMPLE = re.compile(r"^(?P<indent>[ \t]*)>>> (?:.+\n?)+", re.MULTILINE)
 
