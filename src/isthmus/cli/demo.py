@@ -34,7 +34,7 @@ STORY = (
 
 AFTERWARDS = (
     "Perplexity is that of each device's own unseen text. The devices' texts are unlike one "
-    "another, so a device alone does well on its own; the federated models serve all of them."
+    "another, which favours training alone here; which method ends best depends on the learning rate."
 )
 
 
