@@ -34,7 +34,8 @@ STORY = (
 
 AFTERWARDS = (
     "Perplexity is that of each device's own unseen text. The devices' texts are unlike one "
-    "another, which favours training alone here; which method ends best depends on the learning rate."
+    "another, which favours training alone here; which method ends best depends on the learning "
+    "rate."
 )
 
 
