@@ -40,7 +40,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "privacy": ("privacy",),
     "codec": ("wire/codecs",),
     "task": ("tasks",),
-    "serving": ("inference",),
+    "serving": ("inference/methods",),
     "compression": ("compression",),
     "agent": ("agents",),
     "ownership": ("ownership",),
