@@ -33,7 +33,7 @@ class Knobs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    gamma: int = Field(4, ge=0, le=64)
+    gamma: int = Field(default=4, ge=0, le=64)
 
 
 class Costs(NamedTuple):
