@@ -189,15 +189,11 @@ class Federation:
             spent = owners[0].spend(flops)
         else:
             spent = spend_each(owners, flops)
-        self.ledger.work_many(
-            party=self.named(cohort.clients),
-            kind="train",
-            t=begun,
-            seconds=spent.seconds,
-            joules=spent.joules,
-            flops=flops,
-            round=self.round,
-        )
+        names = self.named(cohort.clients)
+        self.ledger.later(
+            len(names), "work", sender=names, receiver=names, kind="train", t=begun,
+            seconds=spent.seconds, joules=spent.joules, flops=flops, round=self.round,
+        )  # fmt: skip
         return begun + spent.seconds
 
     # -- up -----------------------------------------------------------------------------

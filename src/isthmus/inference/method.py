@@ -57,10 +57,12 @@ class Seen(NamedTuple):
 
 class Kept(NamedTuple):
     """What the device keeps of an offer until its verdict: the ids that were drawn (int64 `[g]`,
-    a void one last if any) and the sub-measures s (float64 `[g, V]`) that the edge judges by."""
+    a void one last if any), the sub-measures s (float64 `[g, V]`) that the edge judges by, and
+    whether the last id is `void`."""
 
     ids: Tensor
     s: Tensor
+    void: bool = False
 
 
 class Drafted(NamedTuple):
@@ -105,6 +107,7 @@ class Method:
     lossless: ClassVar[bool] = True
     catalogue_name: ClassVar[str]
 
+    knobs: Any
     up: Schema
     down: Schema
 

@@ -79,8 +79,8 @@ class Columns:
                 self.code(word)
         return self.encode(name, cell)
 
-    def put(self, cells: Mapping[str, Any]) -> tuple[range, set[str]]:
-        """Add a block of rows, all or nothing: their numbers, and the columns given as arrays."""
+    def put(self, cells: Mapping[str, Any]) -> range:
+        """Add a block of rows, all or nothing: scalars stand for all rows. Their numbers."""
         varying: set[str] = set()
         n = 1
         for name, cell in cells.items():
@@ -107,11 +107,38 @@ class Columns:
         except BaseException:
             floats[:], ints[:], codes[:] = 0, 0, 0
             raise
-        measured = floats[:4]
-        np.copyto(measured, np.rint(measured * 1e12) / 1e12, where=measured < EXACT)
-        np.rint(floats[4], out=floats[4])
+        _round(floats)
         self.rows = stop
-        return range(start, stop), varying
+        return range(start, stop)
+
+    def settle(self, blocks: Sequence[tuple[int, Mapping[str, Any]]]) -> range:
+        """Add many blocks `(n, cells)` at once, column by column; see `put` for the cells.
+
+        An array has n cells; nothing is added when any of them is out of range.
+        """
+        counts = [n for n, _ in blocks]
+        start, stop = self.rows, self.rows + sum(counts)
+        self._reserve(stop)
+        floats, ints = self.floats[:, start:stop], self.ints[:, start:stop]
+        try:
+            for held, names in ((floats, FLOATS), (ints, INTS)):
+                for row, name in zip(held, names, strict=True):
+                    cells = [cells.get(name, 0) for _, cells in blocks]
+                    if any(type(cell) is not int or cell for cell in cells):
+                        _fill(row, name, _spread(cells, counts))
+                _check(held, names)
+            for i, name in enumerate(WORDS):
+                codes: list[int] = []
+                for n, cells in blocks:
+                    cell = self.encode(name, cells.get(name, ""))
+                    codes += [cell] * n if isinstance(cell, int) else cell
+                self.codes[i, start:stop] = codes
+        except BaseException:
+            floats[:], ints[:], self.codes[:, start:stop] = 0, 0, 0
+            raise
+        _round(floats)
+        self.rows = stop
+        return range(start, stop)
 
     def _reserve(self, rows: int) -> None:
         have = self.floats.shape[1]
@@ -122,25 +149,24 @@ class Columns:
                 for old in (self.floats, self.ints, self.codes)
             )
 
-    def text(self, ids: range, varying: set[str]) -> str:
-        """The lines of a block: one template for all its rows, filled once, column by column."""
+    def text(self, ids: range) -> str:
+        """The lines of some rows: one template for all of them, filled once, column by column."""
         start, stop = ids.start, ids.stop
         template = '{"id":%d'
         columns: list[Sequence[Any]] = [ids]
         for name in LINE:
+            cells = self[name][start:stop]
+            varies = bool((cells != cells[0]).any())
             if name in WORD:
-                codes = self.codes[WORD[name]]
-                literal = self._quoted[int(codes[start])].replace("%", "%%")
-                spec, cells = "%s", codes
+                literal = self._quoted[int(cells[0])].replace("%", "%%")
+                spec = "%s"
             elif name in INT:
-                cells = self.ints[INT[name]]
-                literal, spec = str(cells[start]), "%d"
+                literal, spec = str(cells[0]), "%d"
             else:
-                cells = self.floats[FLOAT[name]]
-                literal, spec = repr(float(cells[start])), "%.0f" if name == "flops" else "%.12f"
-            template += f',"{name}":{spec if name in varying else literal}'
-            if name in varying:
-                column = cells[start:stop].tolist()
+                literal, spec = repr(float(cells[0])), "%.0f" if name == "flops" else "%.12f"
+            template += f',"{name}":{spec if varies else literal}'
+            if varies:
+                column = cells.tolist()
                 columns.append([self._quoted[c] for c in column] if name in WORD else column)
         events = self.codes[WORD["event"], start:stop]
         if events.any():
@@ -228,8 +254,24 @@ def _fill(row: Array, name: str, cell: Any) -> None:
         raise InputError(name, given, f"{kind}, or one for each row") from None
 
 
+def _spread(cells: Sequence[Any], counts: Sequence[int]) -> Array:
+    """One array from the cells of blocks of these many rows, each an array or one for all."""
+    if all(isinstance(cell, int | float) for cell in cells):
+        return np.repeat(np.asarray(cells), counts)
+    return np.concatenate(
+        [np.full(n, c) if np.ndim(c) == 0 else c for n, c in zip(counts, cells, strict=True)]
+    )
+
+
+def _round(floats: Array) -> None:
+    """Keep what the file's fixed format reads back to the same bits."""
+    measured = floats[:4]
+    np.copyto(measured, np.rint(measured * 1e12) / 1e12, where=measured < EXACT)
+    np.rint(floats[4], out=floats[4])
+
+
 def _check(block: Array, names: Sequence[str]) -> None:
-    if block.min() >= 0 and block.max() <= 1e290:
+    if not block.size or (block.min() >= 0 and block.max() <= 1e290):
         return
     bad = ~((block >= 0) & (block <= 1e290))
     i, j = (int(k) for k in np.argwhere(bad)[0])

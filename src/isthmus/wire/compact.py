@@ -39,16 +39,16 @@ def head(schema: Schema, message: Message, places: tuple[Place, ...]) -> bytes:
 
 def heads(
     schema: Schema, columns: Mapping[str, list[Value]], places: tuple[Place, ...], n: int
-) -> tuple[np.ndarray, list[tuple[int, int, np.ndarray]]]:
-    """The heads of n messages of a fixed schema: the shared bytes, and what fills the rest."""
+) -> np.ndarray:
+    """The heads of n messages of a fixed schema: uint8 `[n, start]`."""
     packed = _packed(schema)
     table = np.empty(n, packed)
     table["kind"] = MARK << 16 | schema.number
     for name, column in columns.items():
         table[name] = column
     filled = table.view(np.uint8).reshape(n, packed.itemsize)
-    sizes = np.frombuffer(bytes(packed.itemsize) + _sizes(schema, places), np.uint8)
-    return sizes, [(0, packed.itemsize, filled)]
+    sizes = np.frombuffer(_sizes(schema, places), np.uint8)
+    return np.hstack([filled, np.broadcast_to(sizes, (n, len(sizes)))]) if len(sizes) else filled
 
 
 def read_heads(

@@ -31,6 +31,9 @@ from isthmus.wire.schema import (
     size,
 )
 
+REMEMBERED = 1 << 12
+"""Heads whose text is kept with a schema."""
+
 _ENVELOPE = {"session": NUMBER, "sequence": NUMBER}
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
 _FLOAT = re.compile(r"-?([0-9]{1,20}(\.[0-9]{1,24})?(e[+-]?[0-9]{1,3})?|inf|nan)")
@@ -86,15 +89,23 @@ def head(schema: Schema, message: Message, places: tuple[Place, ...]) -> bytes:
 
 def heads(
     schema: Schema, columns: Mapping[str, list[Value]], places: tuple[Place, ...], n: int
-) -> tuple[np.ndarray, list[tuple[int, int, np.ndarray]]]:
-    """The heads of n messages of a fixed schema: the shared bytes, and what fills each slot."""
+) -> np.ndarray:
+    """The heads of n messages of a fixed schema: uint8 `[n, start]`."""
     base = frame(schema, places)
     shared, _ = _canonical(schema, places)
-    filled = [
-        (start, stop, _column(item, columns[name], stop - start))
-        for name, item, start, stop in base.slots
-    ]
-    return shared, filled
+    written, _ = _memory(schema, places)
+    (_, item, low, cut), *slots = base.slots
+    rows = list(zip(*[columns[name] for name, *_ in slots], strict=True))
+    tails = [written.get(row) or _tail(schema, places, row) for row in rows]
+    sessions = columns["session"]
+    first = shared[:low].tobytes()
+    if sessions.count(sessions[0]) == n:
+        lead = first + _text(item, sessions[0]).ljust(cut - low).encode()
+        block = lead + lead.join(tails)
+    else:
+        leads = [first + _text(item, session).ljust(cut - low).encode() for session in sessions]
+        block = b"".join([part for row in zip(leads, tails, strict=True) for part in row])
+    return np.frombuffer(block, np.uint8).reshape(n, len(shared))
 
 
 def read_heads(
@@ -103,7 +114,21 @@ def read_heads(
     """The fields of n messages `[n, L]`, or None unless every head is written as `heads` does."""
     base = frame(schema, places)
     shared, outside = _canonical(schema, places)
-    if start != len(shared) or ((matrix[:, :start] != shared) & outside).any():
+    if start != len(shared):
+        return None
+    _, read = _memory(schema, places)
+    (_, item, low, cut), *slots = base.slots
+    block, n = matrix[:, :start].tobytes(), len(matrix)
+    lead = block[:cut]
+    if lead[:low] == shared[:low].tobytes():
+        rows = [read.get(block[i + cut : i + start]) for i in range(0, n * start, start)]
+        alike = all(block.startswith(lead, i) for i in range(start, n * start, start))
+        session = _read_column(item, matrix[:1, low:cut]) if alike and None not in rows else None
+        if session is not None:
+            names = [name for name, *_ in slots]
+            values = map(list, zip(*cast("list[tuple[Value, ...]]", rows), strict=True))
+            return {"session": session * n, **dict(zip(names, values, strict=True))}
+    if ((matrix[:, :start] != shared) & outside).any():
         return None
     columns: dict[str, list[Value]] = {}
     for name, item, low, high in base.slots:
@@ -112,6 +137,36 @@ def read_heads(
             return None
         columns[name] = values
     return columns
+
+
+def _memory(
+    schema: Schema, places: tuple[Place, ...]
+) -> tuple[dict[tuple[Value, ...], bytes], dict[bytes, tuple[Value, ...]]]:
+    """What follows the session in heads written lately, by its values, and the other way round.
+
+    A cohort declares much the same from round to round, and text is slow to write and read.
+    """
+    key = ("memory", places)
+    found = schema.frames.get(key)
+    return schema.keep(key, ({}, {})) if found is None else found
+
+
+def _tail(schema: Schema, places: tuple[Place, ...], row: tuple[Value, ...]) -> bytes:
+    """A head from the end of its session on, with these values in the other slots."""
+    base = frame(schema, places)
+    shared, _ = _canonical(schema, places)
+    cut = base.slots[0][3]
+    tail = bytearray(shared[cut:].tobytes())
+    for (_, item, low, high), value in zip(base.slots[1:], row, strict=True):
+        tail[low - cut : high - cut] = _text(item, value).ljust(high - low).encode()
+    whole = bytes(tail)
+    if all(value != 0 or not isinstance(value, float) for value in row):  # 0.0 equals -0.0
+        written, read = _memory(schema, places)
+        if len(read) >= REMEMBERED:
+            written.clear()
+            read.clear()
+        written[row], read[whole] = whole, row
+    return whole
 
 
 def start_of(schema: Schema, places: tuple[Place, ...]) -> int:
@@ -222,20 +277,13 @@ def _text(item: Field, value: Value) -> str:
     return f'"{value!r}"'
 
 
-def _column(item: Field, values: Sequence[Value], width: int) -> np.ndarray:
-    """The slots of n values `[n, width]`; `[1, width]` when all are the same."""
-    if len(values) > 1 and values.count(values[0]) == len(values) and item.dtype not in FLOATS:
-        values = values[:1]  # floats are left out, as 0.0 equals -0.0
-    joined = "".join([_text(item, value).ljust(width) for value in values])
-    return np.frombuffer(joined.encode(), np.uint8).reshape(-1, width)
-
-
 def _read_column(item: Field, slots: np.ndarray) -> list[Value] | None:
-    """The inverse of `_column`, or None when a slot is not exactly as `_column` writes it."""
+    """The values in the slots `[n, width]`, or None when one is not exactly as it is written."""
     n, width = slots.shape
-    same = n > 1 and not (slots[1:] != slots[0]).any()
-    block = slots[:1] if same else slots
-    text = block.tobytes().decode("latin-1")
+    raw = slots.tobytes()
+    one = raw[:width]
+    same = n > 1 and raw == one * n
+    text = (one if same else raw).decode("latin-1")
     words = [word[1:-1] for word in text.split(" ") if word]
     try:
         if item.dtype == "bool":

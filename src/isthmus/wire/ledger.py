@@ -16,10 +16,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from isthmus.errors import InputError
-from isthmus.wire.columns import FLOATS, INTS, LINE, WORD, WORDS, Array, Columns, canonical, union
+from isthmus.wire.columns import LINE, WORD, Array, Columns, canonical, union
 from isthmus.wire.tally import tally
 
 BLOCK = 1 << 13
+WAITING = 1 << 10
+"""Rows that may wait to be written together."""
 
 Words = str | Sequence[str]
 Numbers = float | Sequence[float] | Array
@@ -48,7 +50,9 @@ class Ledger:
     """
 
     def __init__(self, path: Path | str | None = None) -> None:
-        self._columns = Columns()
+        self._held = Columns()
+        self._later: list[tuple[int, Mapping[str, Any]]] = []
+        self._waiting = 0
         self._file: BinaryIO | None = None
         if path is not None:
             if os.path.exists(path) and os.path.getsize(path):
@@ -56,7 +60,15 @@ class Ledger:
             self._file = open(path, "ab", buffering=1 << 16)  # noqa: SIM115
 
     def __len__(self) -> int:
-        return self._columns.rows
+        return self._held.rows + self._waiting
+
+    @property
+    def _columns(self) -> Columns:
+        """The table with every row in it."""
+        if self._later:
+            blocks, self._later, self._waiting = self._later, [], 0
+            self._write(self._held.settle(blocks))
+        return self._held
 
     def cross(self, *, sender: str, receiver: str, kind: str, **cells: Any) -> int:
         """Enter one crossing, with the cells of `cross_many`; its id."""
@@ -179,14 +191,26 @@ class Ledger:
         ).start
 
     def _enter(self, cells: Mapping[str, Any]) -> range:
-        ids, varying = self._columns.put(cells)
-        if ids:
-            self._write(ids, varying)
+        ids = self._columns.put(cells)
+        self._write(ids)
         return ids
 
-    def _write(self, ids: range, varying: set[str]) -> None:
-        if self._file is not None:
-            self._file.write(self._columns.text(ids, varying).encode("ascii"))
+    def later(self, n: int, what: str, **cells: Any) -> None:
+        """Enter n rows of `what` (crossing, work) that the caller knows to be sound.
+
+        Cells as in `cross_many` and `work_many`, with `from` and `to` as `sender` and `receiver`;
+        arrays may not change afterwards. Such blocks are checked, rounded and written together,
+        a thousand rows at a time, and before anything is read or another row is entered.
+        """
+        cells["from"], cells["to"] = cells.pop("sender"), cells.pop("receiver")
+        self._later.append((n, {"what": what, **cells}))
+        self._waiting += n
+        if self._waiting >= WAITING:
+            _ = self._columns
+
+    def _write(self, ids: range) -> None:
+        if self._file is not None and ids:
+            self._file.write(self._held.text(ids).encode("ascii"))
 
     def total(self, quantity: str, *, start: int = 0, **where: Any) -> int | float:
         """The sum of a quantity over the rows where the filters hold, as in `sums`."""
@@ -219,6 +243,7 @@ class Ledger:
 
     def flush(self) -> None:
         """Hand everything entered so far to the operating system."""
+        _ = self._columns
         if self._file is not None:
             self._file.flush()
 
@@ -229,6 +254,7 @@ class Ledger:
 
     def close(self) -> None:
         """Flush and close the file."""
+        _ = self._columns
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -270,9 +296,9 @@ class Ledger:
         alone, so none is counted twice.
         """
         merged = cls(path)
-        merged._columns = union([ledger._columns for ledger in ledgers])
+        merged._held = union([ledger._columns for ledger in ledgers])
         for start in range(0, len(merged), BLOCK):
             ids = range(start, min(start + BLOCK, len(merged)))
-            merged._write(ids, {*FLOATS, *INTS, *WORDS})
+            merged._write(ids)
         merged.flush()
         return merged

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -62,8 +64,7 @@ def encode_many(
     """
     schema.check_names(fields, tensors)
     n = _count(fields, tensors, session, sequence)
-    given = {name: (x.dtype, tuple(x.shape[1:])) for name, x in tensors.items()}
-    places = schema.place(given)
+    places = schema.place({name: (x.dtype, x.shape[1:]) for name, x in tensors.items()})
     columns = {
         "session": NUMBER.listed("session", _spread(session, n), n),
         "sequence": NUMBER.listed("sequence", _spread(sequence, n), n),
@@ -72,18 +73,19 @@ def encode_many(
         return _one_by_one(schema, fields, tensors, layout, columns, n)
     for name, item in schema.fields.items():
         columns[name] = item.listed(name, fields[name], n)
-    shared, filled = LAYOUTS[layout].heads(schema, columns, places, n)
-    start = len(shared)
-    length = start + (places[-1].stop if places else 0)
-    check_size(length, schema)
-    matrix = np.empty((n, length), np.uint8)
-    matrix[:, :start] = shared
-    for low, high, block in filled:
-        matrix[:, low:high] = block
-    for place in places:
-        flat = whole(tensors[place.name]).reshape(n, place.stop - place.start)
-        matrix[:, start + place.start : start + place.stop] = flat
-    return Parcel(torch.as_tensor(matrix.reshape(-1)), torch.arange(n + 1) * length)
+    form = _form(schema, LAYOUTS[layout], places, n)
+    buffer = torch.empty(n * form.length, dtype=torch.uint8)
+    matrix = buffer.numpy().reshape(n, form.length)
+    matrix[:, : form.start] = LAYOUTS[layout].heads(schema, columns, places, n)
+    body = form.body(buffer)
+    if body is not None and all([x.is_cpu for x in tensors.values()]):
+        parts = [tensors[place.name].detach().reshape(n, -1) for place in places]
+        torch.cat(parts, dim=1, out=body)
+    else:
+        for place in places:
+            flat = whole(tensors[place.name]).reshape(n, place.stop - place.start)
+            matrix[:, form.start + place.start : form.start + place.stop] = flat
+    return Parcel(buffer, form.offsets)
 
 
 def decode_many(
@@ -95,22 +97,17 @@ def decode_many(
     over unless every message is sound; raises `WireError` naming the field, and the message
     where one differs from the others.
     """
-    offsets = parcel.offsets.numpy()
-    if offsets.ndim != 1 or len(offsets) == 0 or offsets[0] < 0:
+    if parcel.offsets.ndim != 1 or len(parcel.offsets) == 0:
         raise WireError("offsets", "not the bounds of messages")
-    lengths = np.diff(offsets)
-    if (lengths < 0).any() or offsets[-1] > parcel.buffer.numel():
-        raise WireError("offsets", "do not lie in order within the buffer")
-    n = len(lengths)
+    n = len(parcel)
     if n == 0:
         return _nothing(schema)
-    length = int(lengths[0])
-    check_size(length, schema)
-    if (lengths != length).any():
+    buffer = _messages(parcel, n)
+    if buffer is None:
         return _each(parcel, schema, finite)
-    raw = parcel.buffer.numpy()[offsets[0] : offsets[-1]]
-    matrix = raw.reshape(n, length)
-    first = raw[:length].data
+    matrix = buffer.numpy().reshape(n, -1)
+    check_size(matrix.shape[1], schema)
+    first = matrix[0].data
     layout = layout_of(first)
     columns, places, start = _heads(layout, schema, matrix, first, finite)
     if columns is None:
@@ -118,13 +115,37 @@ def decode_many(
     fields = {
         name: item.listed(name, columns[name], n, finite) for name, item in schema.fields.items()
     }
-    tensors = {
-        place.name: _stacked(matrix[:, start + place.start : start + place.stop], place)
-        for place in places
-    }
-    _guard(schema, matrix[:, start:], places, tensors, finite)
+    form = _form(schema, layout, places, n)
+    body = form.body(buffer)
+    if body is not None:
+        parts = zip(places, body.split(form.widths, dim=1), strict=True)
+        tensors = {place.name: part.view(n, *place.shape) for place, part in parts}
+    else:
+        tensors = {
+            place.name: _stacked(matrix[:, start + place.start : start + place.stop], place)
+            for place in places
+        }
+        for place in places:
+            if place.dtype == torch.bool and (tensors[place.name].view(torch.uint8) > 1).any():
+                raise WireError(place.name, "a byte that is no bool")
+    if finite and (body is None or not _sound(body)):
+        check_finite({p.name: tensors[p.name] for p in places if schema.guarded(p.name, p.dtype)})
     order = schema.tensors if schema.tensors is not None else tensors
     return fields, {name: tensors[name] for name in order}
+
+
+def _messages(parcel: Parcel, n: int) -> Tensor | None:
+    """The bytes of n messages of one length, or None where lengths differ."""
+    stop = parcel.buffer.numel()
+    if parcel.offsets is _even(n, stop // n):
+        return parcel.buffer
+    offsets = parcel.offsets.numpy()
+    lengths = np.diff(offsets)
+    if offsets[0] < 0 or (lengths < 0).any() or offsets[-1] > stop:
+        raise WireError("offsets", "do not lie in order within the buffer")
+    if (lengths != lengths[0]).any():
+        return None
+    return parcel.buffer[int(offsets[0]) : int(offsets[-1])]
 
 
 def _heads(
@@ -146,27 +167,55 @@ def _heads(
     return columns, places, start
 
 
-def _guard(
-    schema: Schema,
-    body: np.ndarray,
-    places: Sequence[Place],
-    tensors: Tree,
-    finite: bool,
-) -> None:
-    """The checks of `decode` on all tensors: one reduction over each run of float32 or float64."""
-    for place in places:
-        if place.dtype == torch.bool and (body[:, place.start : place.stop] > 1).any():
-            raise WireError(place.name, "a byte that is no bool")
-    guarded = {p.name: tensors[p.name] for p in places if schema.guarded(p.name, p.dtype)}
-    if not finite or not guarded:
-        return
-    dtypes = {place.dtype for place in places}
-    kind = _NUMPY.get(dtypes.pop()) if len(dtypes) == 1 else None
-    if kind and _aligned(body, kind.itemsize) and body.size:
-        run = body.view(kind)
-        if np.isfinite(run.min()) and np.isfinite(run.max()):
-            return
-    check_finite(guarded)
+class _Form(NamedTuple):
+    """What n messages of one schema and shape have in common, worked out once: where tensors
+    begin, the length, entries of each tensor, and their one type when they lie aligned."""
+
+    start: int
+    length: int
+    widths: tuple[int, ...]
+    kind: torch.dtype | None
+    offsets: Tensor
+
+    def body(self, buffer: Tensor) -> Tensor | None:
+        """The entries of all messages as one matrix `[n, d]`, a view of their bytes; None unless
+        all tensors are of one floating-point type and lie aligned."""
+        if self.kind is None or buffer.data_ptr() % self.kind.itemsize:
+            return None
+        matrix = buffer.view(self.kind).view(-1, self.length // self.kind.itemsize)
+        return matrix[:, self.start // self.kind.itemsize :]
+
+
+@lru_cache(maxsize=256)
+def _even(n: int, length: int) -> Tensor:
+    """The bounds of n messages of one length: one tensor, by which such parcels are known."""
+    return torch.arange(n + 1) * length
+
+
+def _form(schema: Schema, layout: Any, places: tuple[Place, ...], n: int) -> _Form:
+    key = ("form", layout.__name__, n)
+    found = schema.frames.get(key) if places is schema.declared else None
+    if found is None:
+        start = layout.start_of(schema, places)
+        length = start + (places[-1].stop if places else 0)
+        check_size(length, schema)
+        kinds = {place.dtype for place in places}
+        kind = kinds.pop() if len(kinds) == 1 else None
+        if kind not in _WHOLE or start % kind.itemsize or length % kind.itemsize:
+            kind = None
+        widths = tuple([math.prod(place.shape) for place in places])
+        found = _Form(start, length, widths, kind, _even(n, length))
+        if places is schema.declared:
+            schema.keep(key, found)
+    return cast(_Form, found)
+
+
+def _sound(body: Tensor) -> bool:
+    """True only if all entries are finite: NaN and infinity stay in a sum, whatever is added.
+
+    A sum that overflows by itself is no proof of either, and left to the exact check.
+    """
+    return math.isfinite(float(body.sum()))
 
 
 def _aligned(block: np.ndarray, width: int) -> bool:
@@ -261,4 +310,4 @@ def _spread(given: int | Sequence[int] | np.ndarray, n: int) -> Sequence[int] | 
     return [given] * n if isinstance(given, int) else given
 
 
-_NUMPY = {torch.float32: np.dtype("<f4"), torch.float64: np.dtype("<f8")}
+_WHOLE = (torch.float32, torch.float64)
