@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import overload
 
 import numpy as np
@@ -32,9 +33,12 @@ def _signed(value: int) -> int:
 
 
 def _word(part: int | str) -> int:
-    if isinstance(part, str):
-        return int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little")
-    return int(part) & _MASK
+    return _hashed(part) if isinstance(part, str) else int(part) & _MASK
+
+
+@lru_cache(maxsize=1024)
+def _hashed(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
 def _mix(x: int) -> int:
@@ -66,6 +70,12 @@ def keys(parent: int, children: Sequence[int] | np.ndarray) -> np.ndarray:
 def keys_of(parents: np.ndarray, child: int) -> np.ndarray:
     """The keys of one child of many parents: int64 `[n]`, equal to `fold(parent, child)`."""
     return _mix_array(parents.view(np.uint64) + np.uint64((child + _GOLDEN) & _MASK))
+
+
+def keys_grid(parents: np.ndarray, count: int) -> np.ndarray:
+    """The keys of children 0 to count - 1 of many parents: int64 `[n, count]`."""
+    children = np.arange(count, dtype=np.uint64) + np.uint64(_GOLDEN)
+    return _mix_array(parents.view(np.uint64)[:, None] + children)
 
 
 def bits_of(parents: np.ndarray, count: int) -> np.ndarray:

@@ -117,14 +117,23 @@ class Ground:
 
 def visits_of(cohort: Cohort, ground: Ground) -> dict[str, Tensor]:
     """The fields of `Visit` but its purpose, `[n]` each (steps are not known yet: zero)."""
+    return fields_of(*table_of(cohort, ground))
+
+
+def table_of(cohort: Cohort, ground: Ground) -> tuple[Tensor, Tensor]:
+    """`visits_of` as two matrices, of integers and of real numbers: `[5, n]`, `[3, n]`."""
     whole = np.empty((5, len(cohort)), np.int64)
     whole[0], whole[1], whole[2] = cohort.clients, cohort.round, cohort.versions
     whole[3], whole[4] = cohort.ranks, cohort.keys
     real = np.zeros((3, len(cohort)))
     real[0], real[2] = ground.owned.sizes(cohort.clients), cohort.lr
+    return torch.from_numpy(whole), torch.from_numpy(real).to(ground.dtype)
+
+
+def fields_of(whole: Tensor, real: Tensor) -> dict[str, Tensor]:
+    """The rows of a `table_of` by name."""
     names = ("client", "round", "version", "rank", "key", "examples", "steps", "lr")
-    columns = [*torch.from_numpy(whole).unbind(), *torch.from_numpy(real).to(ground.dtype).unbind()]
-    return dict(zip(names, columns, strict=True))
+    return dict(zip(names, [*whole.unbind(), *real.unbind()], strict=True))
 
 
 def visit_of(cohort: Cohort, ground: Ground, i: int) -> Visit:

@@ -211,8 +211,8 @@ class Method:
 
     def weigh(self, meta: Sequence[Meta]) -> Tensor:
         """W: weights `[n]` that sum to 1, from declared scalars only."""
-        counts = torch.tensor([m.n_examples for m in meta], dtype=torch.float64)
-        return counts / counts.sum()
+        counts = np.array([m.n_examples for m in meta], dtype=np.float64)
+        return torch.from_numpy(counts / counts.sum())
 
     def reduce(self, state: State, updates: Updates, weights: Tensor, ctx: Context) -> Reduced:
         """The reducer of this method (`mean` unless the run chose another)."""

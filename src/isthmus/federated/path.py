@@ -276,14 +276,14 @@ class Path:
             origin = method.origin(state, ctx.extras.get("down", {}), ctx.round)
             updates = _over(updates, self.central.clipped, origin)
             weights = torch.full_like(weights, self.central.weight)
-        accepted = torch.ones(len(updates), dtype=torch.bool)
-        given = False  # a selector's own weights need not sum to 1
-        for selector in self.selectors:
-            selection = selector.select(updates, ctx)
-            accepted &= selection.accepted
-            given = given or selection.weights is not None
-            weights = weights if selection.weights is None else selection.weights
         if self.selectors:
+            accepted = torch.ones(len(updates), dtype=torch.bool)
+            given = False  # a selector's own weights need not sum to 1
+            for selector in self.selectors:
+                selection = selector.select(updates, ctx)
+                accepted &= selection.accepted
+                given = given or selection.weights is not None
+                weights = weights if selection.weights is None else selection.weights
             weights = weights[accepted]
             if not float(weights.sum()) > 0:
                 raise InputError("selector", "no upload accepted", "at least one")

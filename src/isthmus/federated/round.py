@@ -212,9 +212,9 @@ class Federation:
             )
         ]
         weight = np.array(sizes, dtype=np.float64)
-        share = torch.from_numpy(weight / max(weight.sum(), 1.0)).float()
-        loss = float((done.loss * share).sum())
-        aux = {name: float((x * share).sum()) for name, x in done.aux.items()}
+        share = weight / max(weight.sum(), 1.0)
+        loss = float(done.loss.numpy() @ share)
+        aux = {name: float(x.numpy() @ share) for name, x in done.aux.items()}
         left = {**done.kept, **{name: x for name, x in kept.items() if name.startswith(MEMORY)}}
         clients = cohort.clients.tolist()
         if not self.method.communicates:

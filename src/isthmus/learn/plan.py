@@ -29,16 +29,15 @@ def shuffled_epochs_many(keys: np.ndarray, sizes: np.ndarray, epochs: int, batch
     clients, widest = len(sizes), int(sizes.max(initial=0))
     per_epoch = -(-widest // batch)
     index = np.zeros((clients, epochs, per_epoch * batch), dtype=np.int64)
-    inside = np.arange(widest) < sizes[:, None]
+    inside = np.arange(per_epoch * batch) < sizes[:, None]
     for epoch in range(epochs):
         draws = _draws(seeds.keys_of(keys, epoch), widest)
-        order = np.argsort(np.where(inside, draws, _LAST), axis=1, kind="stable")
-        index[:, epoch, :widest] = np.where(inside, order, 0)
-    weight = np.zeros((clients, per_epoch * batch), dtype=np.float32)
-    weight[:, :widest] = inside
-    index = index.reshape(clients, epochs, per_epoch, batch)
-    weight = np.broadcast_to(weight.reshape(clients, 1, per_epoch, batch), index.shape)
-    return _front(index, weight, -(-sizes // batch))
+        draws[~inside[:, :widest]] = _LAST
+        index[:, epoch, :widest] = draws.argsort(axis=1, kind="stable")
+    index *= inside[:, None]
+    weight = np.repeat(inside.astype(np.float32)[:, None], epochs, axis=1)
+    shape = (clients, epochs, per_epoch, batch)
+    return _front(index.reshape(shape), weight.reshape(shape), -(-sizes // batch))
 
 
 def random_batches_many(keys: np.ndarray, sizes: np.ndarray, steps: int, batch: int) -> Plan:
@@ -103,7 +102,7 @@ def _front(index: np.ndarray, weight: np.ndarray, per_epoch: np.ndarray) -> Plan
 
 
 def _tensors(index: np.ndarray, weight: np.ndarray) -> Plan:
-    return Plan(torch.from_numpy(index), torch.from_numpy(np.array(weight)))
+    return Plan(torch.from_numpy(index), torch.from_numpy(weight))
 
 
 def local_steps(weight: Tensor) -> Tensor:

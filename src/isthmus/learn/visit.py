@@ -203,7 +203,7 @@ def short(plan: Plan, exact: bool) -> bool:
 
 def keys_of_steps(keys: np.ndarray, steps: int) -> Tensor:
     """The keys of the steps of n visits: int64 `[n, T]`."""
-    return torch.from_numpy(np.stack([seeds.keys_of(keys, t) for t in range(steps)], axis=1))
+    return torch.from_numpy(seeds.keys_grid(keys, steps))
 
 
 def parted(phase: Phase, params: Mapping[str, Tensor]) -> tuple[Tree, Tree]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from isthmus import seeds
 from isthmus.contracts import Updates
-from isthmus.federated.cohort import Cohort, Done, Ground, visits_of
+from isthmus.federated.cohort import Cohort, Done, Ground, fields_of, table_of
 from isthmus.federated.method import Method
 from isthmus.learn.graph import Graphs, Mode, Nest
 from isthmus.learn.phase import Phase, Plan, Purpose, Visit
@@ -58,7 +58,7 @@ class Vectorised:
 
     def _run(self, method: Method, ground: Ground, cohort: Cohort) -> Done:
         n = len(cohort)
-        fields = visits_of(cohort, ground)
+        table = table_of(cohort, ground)
         alike, apart = _downloads(cohort.downs)
         phases = method.phases(cohort.purpose)
         plans: list[Plan] = []
@@ -66,7 +66,8 @@ class Vectorised:
             keys = seeds.keys_of(cohort.keys, number)
             plans.append(ground.plan(method, phase, replace(cohort, keys=keys)))
         if len(phases) == 1 and short(plans[0], ground.exact):
-            return self._at_once(method, ground, cohort, phases[0], plans[0], fields, alike, apart)
+            return self._at_once(method, ground, cohort, phases[0], plans[0], table, alike, apart)
+        fields = fields_of(*table)
         start = _Start(method, cohort.purpose)
         begun, _ = self.graphs.call(start.tag, start, fields, alike, apart, cohort.kept)
         params, carry = begun["params"], begun["carry"]
@@ -104,24 +105,24 @@ class Vectorised:
         cohort: Cohort,
         phase: Phase,
         plan: Plan,
-        fields: Tree,
+        table: tuple[Tensor, Tensor],
         alike: Tree,
         apart: Tree,
     ) -> Done:
         """A visit of one short phase, from `start` to `finish`, as one recording."""
         keys = seeds.keys_of(cohort.keys, 0)
-        live = plan.weight.amax(-1) > 0
-        visit = _Visit(method, cohort.purpose, phase, ground.module, not bool(live.all()))
+        live = plan.weight.numpy().max(-1) > 0
+        visit = _Visit(method, cohort.purpose, phase, ground.module, not live.all())
         sequence = {
             "index": plan.index,
             "weight": plan.weight,
             "key": keys_of_steps(keys, plan.index.shape[1]),
-            "live": live,
+            "live": torch.from_numpy(live),
         }
         out, grads = self.graphs.call(
             visit.tag,
             visit,
-            fields,
+            {"whole": table[0], "real": table[1]},
             alike,
             apart,
             cohort.kept,
@@ -150,7 +151,7 @@ class _Visit:
 
     def __call__(
         self,
-        fields: Tree,
+        table: Tree,
         alike: Tree,
         apart: Tree,
         kept: Tree,
@@ -158,6 +159,7 @@ class _Visit:
         columns: Tree,
         sequence: Tree,
     ) -> tuple[Nest, int]:
+        fields = fields_of(**table)
         begun, _ = self.start(fields, alike, apart, kept)
         lr = fields["lr"][0]
         work, grads = self.work(base, begun["params"], begun["carry"], columns, sequence, lr)
