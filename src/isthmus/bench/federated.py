@@ -29,7 +29,7 @@ from isthmus.tasks.digits import Digits
 from isthmus.wire.ledger import Ledger
 
 CLIENTS, BATCH, LR = 100, 10, 0.1
-BLOCKS, ROUNDS = 4, 25
+BLOCKS, ROUNDS = 9, 40
 
 
 class WideDigits(Digits):
@@ -85,15 +85,16 @@ def _federation(cohort: int, compile: str, folder: Path, **more: Any) -> Any:
 
 
 def _ratio(base: Callable[[], object], works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median time of each piece of work over that of `base`: blocks of rounds, taken in turns."""
+    """Time of each piece of work over that of `base`: the median of blocks of rounds, which are
+    timed whole (rows of the ledger are written some rounds at a time) and taken in turns."""
     times: dict[str, list[float]] = {name: [] for name in ("base", *works)}
     for _ in range(BLOCKS):
         for name, work in {"base": base, **works}.items():
             work()
+            start = time.perf_counter()
             for _ in range(ROUNDS):
-                start = time.perf_counter()
                 work()
-                times[name].append(time.perf_counter() - start)
+            times[name].append(time.perf_counter() - start)
     middle = {name: float(np.median(t)) for name, t in times.items()}
     return {name: middle[name] / middle["base"] for name in works}
 
