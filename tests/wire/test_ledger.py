@@ -347,3 +347,35 @@ def test_disjoint_ledgers_add_up_in_a_file(tmp_path: Path) -> None:
     assert merged.total("rows") == 71
     assert content(Ledger.read(tmp_path / "merged.jsonl")) == content(merged)
     assert len(Ledger.merge()) == 0
+
+
+def test_rows_entered_later_are_the_rows_entered_at_once(tmp_path: Path) -> None:
+    """Any mix of blocks, with scalars and arrays, read back in order and to the byte."""
+    now, later = Ledger(tmp_path / "now"), Ledger(tmp_path / "later")
+    for n, seed in [(3, 1), (1, 2), (700, 3), (500, 4), (2, 5)]:
+        block = random_block(n, seed) | {"round": seed, "note": "x" if seed == 2 else ""}
+        now.cross_many(**block)
+        later.later(n, "crossing", **block)
+        work = {"kind": "train", "t": 1.5, "flops": np.arange(n), "round": seed}
+        names = [f"client/{i}" for i in range(n)]
+        now.work_many(party=names, **work)
+        later.later(n, "work", sender=names, receiver=names, **work)
+        assert len(now) == len(later)
+        if seed == 1:  # a row entered at once comes after those that wait
+            now.cross(sender="a", receiver="b", kind="k", bytes=7)
+            later.cross(sender="a", receiver="b", kind="k", bytes=7)
+    assert content(now) == content(later)
+    now.close()
+    later.close()
+    assert (tmp_path / "now").read_bytes() == (tmp_path / "later").read_bytes()
+    assert content(Ledger.read(tmp_path / "later")) == content(now)
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_a_defect_among_rows_that_wait_is_named_and_nothing_of_them_stays(bad: float) -> None:
+    ledger = Ledger()
+    ledger.cross(sender="a", receiver="b", kind="k", bytes=7)
+    ledger.later(2, "crossing", sender="a", receiver="b", kind="k", seconds=np.array([1.0, bad]))
+    with pytest.raises(InputError, match="seconds"):
+        ledger.total("bytes")
+    assert ledger.total("bytes") == 7 and len(ledger) == 1

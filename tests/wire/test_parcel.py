@@ -252,3 +252,46 @@ def test_open_sizes_that_differ_between_messages_cannot_be_stacked() -> None:
     ]
     with pytest.raises(WireError, match="differs in shape"):
         decode_many(joined(parts), schema)
+
+
+def test_remembered_heads_keep_values_apart_that_are_equal_but_written_unlike() -> None:
+    schema = Schema("k", 1, {"a": Field("f64"), "b": Field("u8")}, {})
+    for a in ([0.0, -0.0, 1.0], [-0.0, 0.0, 1.0], [1.0, 1.0, 0.0]):
+        for _ in range(2):
+            parcel = encode_many(
+                schema, {"a": a, "b": [0, 1, 1]}, {}, session=4, sequence=[0, 1, 2]
+            )
+            for i, value in enumerate(a):
+                message = Message("k", {"a": value, "b": min(i, 1)}, {}, 4, i)
+                assert bytes(parcel[i]) == encode(message, schema)
+            got, _ = decode_many(parcel, schema)
+            assert [math.copysign(1, x) for x in got["a"]] == [math.copysign(1, x) for x in a]
+
+
+def test_more_heads_than_are_remembered() -> None:
+    schema = Schema("k", 1, {"a": Field("u32")}, {})
+    for start in (0, 5000, 0):
+        a = list(range(start, start + 5000))
+        parcel = encode_many(schema, {"a": a}, {}, session=start, sequence=a)
+        assert decode_many(parcel, schema)[0]["a"] == a
+        memory = next(v for k, v in schema.frames.items() if k[0] == "memory")
+        assert all(len(held) <= 4096 for held in memory)
+
+
+def test_large_numbers_whose_sum_overflows_are_finite() -> None:
+    most = torch.finfo(torch.float32).max
+    x = {"w": torch.full((3, 4), most)}
+    schema = Schema.of_tree("k", 1, {}, {"w": x["w"][0]})
+    assert torch.equal(decode_many(encode_many(schema, {}, x), schema)[1]["w"], x["w"])
+    x["w"][1, 2] = torch.inf
+    x["w"][2, 3] = -torch.inf
+    with pytest.raises(WireError, match="w"):
+        decode_many(encode_many(schema, {}, x), schema)
+
+
+def test_a_session_for_each_message() -> None:
+    schema = Schema("k", 1, {"a": Field("u8")}, {})
+    parcel = encode_many(schema, {"a": [3, 3]}, {}, session=[5, 6], sequence=[1, 1])
+    for i, session in enumerate((5, 6)):
+        assert decode(bytes(parcel[i]), schema).session == session
+    assert decode_many(parcel, schema)[0] == {"a": [3, 3]}
