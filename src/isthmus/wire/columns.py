@@ -27,6 +27,7 @@ LINE = (
 )
 FLOAT, INT, WORD = ({name: i for i, name in enumerate(c)} for c in (FLOATS, INTS, WORDS))
 
+FORMATS = {"flops": "%.0f"}
 EXACT = 8192.0
 Array = NDArray[Any]
 
@@ -157,13 +158,11 @@ class Columns:
         for name in LINE:
             cells = self[name][start:stop]
             varies = bool((cells != cells[0]).any())
-            if name in WORD:
-                literal = self._quoted[int(cells[0])].replace("%", "%%")
-                spec = "%s"
-            elif name in INT:
-                literal, spec = str(cells[0]), "%d"
-            else:
-                literal, spec = repr(float(cells[0])), "%.0f" if name == "flops" else "%.12f"
+            # One way to write a cell, whoever stands beside it: a file does not depend on when
+            # its rows were written.
+            spec = "%s" if name in WORD else FORMATS.get(name, "%.12f" if name in FLOAT else "%d")
+            first = cells[0].item()
+            literal = (spec % (self._quoted[first] if name in WORD else first)).replace("%", "%%")
             template += f',"{name}":{spec if varies else literal}'
             if varies:
                 column = cells.tolist()
