@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from isthmus.errors import InputError
 from isthmus.report import RunData, read_all
-from isthmus.report.read import way
+from isthmus.report.tables import way
 
 
 def test_reads_every_value_of_the_files(three: list[Path]) -> None:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from isthmus.report.read import RunData, Table
+from isthmus.report.read import RunData
+from isthmus.report.tables import Table
 
 _PREFERRED = ("perplexity", "accuracy")
 _LOWER = (

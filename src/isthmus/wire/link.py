@@ -206,8 +206,7 @@ class Link:
         end = finish(self.rates[direction], 8 * bytes, begin)
         done = end + self.latency
         seconds, joules = done - sent, self._joules(direction, end - begin)
-        index = np.arange(len(none))
-        rows = Attempts(index, sent, seconds, joules, none > 0)
+        rows = Attempts(np.arange(len(none)), sent, seconds, joules, none)
         return Delivery(sent, done, seconds, bytes, joules, none, none == 0, rows)
 
     def _losses(self, direction: Direction, count: int) -> int:

@@ -6,6 +6,7 @@ McMahan et al., AISTATS 2017, algorithm 1: S_t is a random set of max(C K, 1) cl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,12 @@ from isthmus import catalogue, seeds
 from isthmus.errors import InputError
 
 Sampling = Literal["fixed", "poisson"]
+
+SMALL = 4096
+"""Clients among whom a cohort is drawn by sorting all of them."""
+
+BLOCK = 32
+"""Rounds whose cohorts are drawn at once."""
 
 
 @catalogue.register("sync", place="schedule", status="verified")
@@ -38,6 +45,8 @@ class Sync:
         """The clients of a round, int64, in rising order."""
         if self.cohort == self.population:
             return np.arange(self.population)
+        if self.sampling == "fixed" and self.population <= SMALL:
+            return _block(self, round // BLOCK)[round % BLOCK]
         key = seeds.fold(seeds.key(self.seed, "cohort"), round)
         size = self.cohort
         if self.sampling == "poisson":
@@ -46,13 +55,22 @@ class Sync:
         return distinct(key, size, self.population)
 
 
+@lru_cache(maxsize=4)
+def _block(schedule: Sync, block: int) -> np.ndarray:
+    """The fixed cohorts of BLOCK rounds from one sort, equal to `distinct` for each: `[BLOCK, n]`."""
+    rounds = np.arange(block * BLOCK, (block + 1) * BLOCK)
+    keys = seeds.keys(seeds.key(schedule.seed, "cohort"), rounds)
+    order = np.argsort(seeds.bits_of(keys, schedule.population), axis=1, kind="stable")
+    return np.sort(order[:, : schedule.cohort], axis=1)
+
+
 def distinct(key: int, count: int, below: int) -> np.ndarray:
     """`count` different numbers below `below` (int64, rising), every subset equally likely.
 
     Where few are wanted, hashes are taken as numbers until enough are different, so the work
     does not grow with `below`; a bias of at most below / 2^63 remains.
     """
-    if 2 * count > below or below <= 4096:
+    if 2 * count > below or below <= SMALL:
         order = np.argsort(seeds.bits_of(np.array([key]), below)[0], kind="stable")
         return np.sort(order[:count])
     tries = 2 * count + 8
