@@ -133,8 +133,9 @@ class Method:
         raise NotImplementedError
 
     def judge(self, p: Tensor, offer: Message, accept: Tensor, correct: Tensor) -> Judged:
-        """Judge an offer by the target's rows p (float64 `[n + 1, V]` for n ids that were fed);
-        `accept` and `correct` (float64 `[n + 1]`) are the chances at the offer's positions."""
+        """Judge an offer that `drafted` has read by the target's rows p (float64 `[n + 1, V]` for
+        n ids that were fed); `accept` and `correct` (float64 `[n + 1]`) are the chances at the
+        offer's positions."""
         raise NotImplementedError
 
     def settle(self, kept: Kept, verdict: Message, correct: Tensor) -> Settled:
