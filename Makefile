@@ -53,7 +53,7 @@ docs: .venv/.docs
 .venv/.ready: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "installing isthmus and what it needs into .venv (once, a few minutes)"
 	@$(PIP) torch==2.13.0
-	@$(PIP) -e ".[report,trust,test]"
+	@$(PIP) -e ".[report,serve,trust,test]"
 	@touch .venv/.ready
 
 .venv/.dev: .venv/.ready
