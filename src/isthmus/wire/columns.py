@@ -118,17 +118,20 @@ class Columns:
         An array has n cells; nothing is added when any of them is out of range.
         """
         counts = [n for n, _ in blocks]
+        given = set().union(*(cells for _, cells in blocks))
         start, stop = self.rows, self.rows + sum(counts)
         self._reserve(stop)
         floats, ints = self.floats[:, start:stop], self.ints[:, start:stop]
         try:
             for held, names in ((floats, FLOATS), (ints, INTS)):
                 for row, name in zip(held, names, strict=True):
-                    cells = [cells.get(name, 0) for _, cells in blocks]
-                    if any(type(cell) is not int or cell for cell in cells):
+                    if name in given:
+                        cells = [cells.get(name, 0) for _, cells in blocks]
                         _fill(row, name, _spread(cells, counts))
                 _check(held, names)
             for i, name in enumerate(WORDS):
+                if name not in given:
+                    continue
                 codes: list[int] = []
                 for n, cells in blocks:
                     cell = self.encode(name, cells.get(name, ""))
@@ -255,10 +258,13 @@ def _fill(row: Array, name: str, cell: Any) -> None:
 
 def _spread(cells: Sequence[Any], counts: Sequence[int]) -> Array:
     """One array from the cells of blocks of these many rows, each an array or one for all."""
-    if all(isinstance(cell, int | float) for cell in cells):
+    if all([isinstance(cell, int | float) for cell in cells]):
         return np.repeat(np.asarray(cells), counts)
     return np.concatenate(
-        [np.full(n, c) if np.ndim(c) == 0 else c for n, c in zip(counts, cells, strict=True)]
+        [
+            cell if isinstance(cell, np.ndarray) and cell.ndim else np.full(n, cell)
+            for n, cell in zip(counts, cells, strict=True)
+        ]
     )
 
 

@@ -128,7 +128,10 @@ class Field:
             bound = sys.float_info.max if finite and kind is float else math.inf
             least = max(scalar.low if self.low is None else max(self.low, scalar.low), -bound)
             most = min(scalar.high if self.high is None else min(self.high, scalar.high), bound)
-            if all(type(value) is kind and least <= value <= most for value in values):
+            if kind is int and n and set(map(type, values)) == {int}:
+                if least <= min(values) and max(values) <= most:
+                    return values
+            elif all(type(value) is kind and least <= value <= most for value in values):
                 return values
         return cast("list[Value]", self.column(name, values, n, finite).tolist())
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -175,10 +176,10 @@ class Link:
         """
         bytes = np.asarray(bytes, np.int64)
         n = len(bytes)
-        sent = np.broadcast_to(np.asarray(now, float), n)
-        lost = np.zeros(n, np.int64)
+        sent = now if isinstance(now, np.ndarray) else np.full(n, now, float)
         if not self.loss:
-            return self._sure(bytes, direction, sent, lost)
+            return self._sure(bytes, direction, sent)
+        lost = np.zeros(n, np.int64)
         draws = seeds.keys(key, np.arange(n) if index is None else index)
         u = ((draws.view(np.uint64) >> np.uint64(11)) + 0.5) * 2.0**-53
         lost = np.minimum(np.log(u) // math.log(self.loss), self.attempts).astype(np.int64)
@@ -200,14 +201,15 @@ class Link:
         arrived = lost < self.attempts
         return Delivery(sent, t, t - sent, bytes * tries, joules, lost, arrived, Attempts(*rows))
 
-    def _sure(self, bytes: Any, direction: Direction, sent: Any, none: Any) -> Delivery:
+    def _sure(self, bytes: Any, direction: Direction, sent: Any) -> Delivery:
         """`send_many` where nothing can be lost: one transmission each."""
+        index, none, arrived = _surely(len(bytes))
         begin = sent + self.per_message
         end = finish(self.rates[direction], 8 * bytes, begin)
         done = end + self.latency
         seconds, joules = done - sent, self._joules(direction, end - begin)
-        rows = Attempts(np.arange(len(none)), sent, seconds, joules, none)
-        return Delivery(sent, done, seconds, bytes, joules, none, none == 0, rows)
+        rows = Attempts(index, sent, seconds, joules, none)
+        return Delivery(sent, done, seconds, bytes, joules, none, arrived, rows)
 
     def _losses(self, direction: Direction, count: int) -> int:
         """How many transmissions in a row are lost: geometric, from one draw."""
@@ -257,6 +259,15 @@ class Link:
         if attempts != attempts // 1:
             raise InputError("link.attempts", attempts, "a whole number")
         return cls(**settings, energy=radio, seed=seed, attempts=int(attempts))
+
+
+@lru_cache(maxsize=64)
+def _surely(n: int) -> tuple[Array, Array, Array]:
+    """Of n messages none of which is lost: their numbers, their losses, and that they arrive."""
+    held = np.arange(n), np.zeros(n, np.int64), np.ones(n, bool)
+    for array in held:
+        array.flags.writeable = False
+    return held
 
 
 def _pick(cell: Any, index: Array) -> Any:

@@ -77,10 +77,10 @@ def encode_many(
     buffer = torch.empty(n * form.length, dtype=torch.uint8)
     matrix = buffer.numpy().reshape(n, form.length)
     matrix[:, : form.start] = LAYOUTS[layout].heads(schema, columns, places, n)
-    body = form.body(buffer)
-    if body is not None and all([x.is_cpu for x in tensors.values()]):
-        parts = [tensors[place.name].detach().reshape(n, -1) for place in places]
-        torch.cat(parts, dim=1, out=body)
+    if form.kind is not None:
+        body = matrix.view(_WHOLE[form.kind])
+        for place, low, high in zip(places, form.lows, form.lows[1:], strict=False):
+            body[:, low:high] = tensors[place.name].numpy(force=True).reshape(n, high - low)
     else:
         for place in places:
             flat = whole(tensors[place.name]).reshape(n, place.stop - place.start)
@@ -116,10 +116,16 @@ def decode_many(
         name: item.listed(name, columns[name], n, finite) for name, item in schema.fields.items()
     }
     form = _form(schema, layout, places, n)
-    body = form.body(buffer)
-    if body is not None:
-        parts = zip(places, body.split(form.widths, dim=1), strict=True)
-        tensors = {place.name: part.view(n, *place.shape) for place, part in parts}
+    sound = False
+    if form.kind is not None and buffer.data_ptr() % form.kind.itemsize == 0:
+        flat = buffer.view(form.kind)
+        origin, length = flat.storage_offset(), form.length // form.kind.itemsize
+        tensors = {
+            place.name: flat.as_strided((n, *place.shape), strides, origin + low)
+            for place, strides, low in zip(places, form.strides, form.lows, strict=False)
+        }
+        low, high = form.lows[0], form.lows[-1]
+        sound = not finite or _sound(flat.as_strided((n, high - low), (length, 1), origin + low))
     else:
         tensors = {
             place.name: _stacked(matrix[:, start + place.start : start + place.stop], place)
@@ -128,7 +134,7 @@ def decode_many(
         for place in places:
             if place.dtype == torch.bool and (tensors[place.name].view(torch.uint8) > 1).any():
                 raise WireError(place.name, "a byte that is no bool")
-    if finite and (body is None or not _sound(body)):
+    if finite and not sound:
         check_finite({p.name: tensors[p.name] for p in places if schema.guarded(p.name, p.dtype)})
     order = schema.tensors if schema.tensors is not None else tensors
     return fields, {name: tensors[name] for name in order}
@@ -169,21 +175,15 @@ def _heads(
 
 class _Form(NamedTuple):
     """What n messages of one schema and shape have in common, worked out once: where tensors
-    begin, the length, entries of each tensor, and their one type when they lie aligned."""
+    begin, and the length. When all are aligned and of one type, also that `kind`; and in entries
+    where each of them begins (`lows`, the end last) and its strides."""
 
     start: int
     length: int
-    widths: tuple[int, ...]
-    kind: torch.dtype | None
     offsets: Tensor
-
-    def body(self, buffer: Tensor) -> Tensor | None:
-        """The entries of all messages as one matrix `[n, d]`, a view of their bytes; None unless
-        all tensors are of one floating-point type and lie aligned."""
-        if self.kind is None or buffer.data_ptr() % self.kind.itemsize:
-            return None
-        matrix = buffer.view(self.kind).view(-1, self.length // self.kind.itemsize)
-        return matrix[:, self.start // self.kind.itemsize :]
+    kind: torch.dtype | None = None
+    lows: tuple[int, ...] = ()
+    strides: tuple[tuple[int, ...], ...] = ()
 
 
 @lru_cache(maxsize=256)
@@ -199,12 +199,17 @@ def _form(schema: Schema, layout: Any, places: tuple[Place, ...], n: int) -> _Fo
         start = layout.start_of(schema, places)
         length = start + (places[-1].stop if places else 0)
         check_size(length, schema)
+        found = _Form(start, length, _even(n, length))
         kinds = {place.dtype for place in places}
         kind = kinds.pop() if len(kinds) == 1 else None
-        if kind not in _WHOLE or start % kind.itemsize or length % kind.itemsize:
-            kind = None
-        widths = tuple([math.prod(place.shape) for place in places])
-        found = _Form(start, length, widths, kind, _even(n, length))
+        if kind in _WHOLE and start % kind.itemsize == length % kind.itemsize == 0:
+            size = kind.itemsize
+            lows = [(start + place.start) // size for place in places]
+            strides = [
+                (length // size, *torch.empty(place.shape, device="meta").stride())
+                for place in places
+            ]
+            found = found._replace(kind=kind, lows=(*lows, length // size), strides=tuple(strides))
         if places is schema.declared:
             schema.keep(key, found)
     return cast(_Form, found)
@@ -310,4 +315,4 @@ def _spread(given: int | Sequence[int] | np.ndarray, n: int) -> Sequence[int] | 
     return [given] * n if isinstance(given, int) else given
 
 
-_WHOLE = (torch.float32, torch.float64)
+_WHOLE = {torch.float32: np.dtype("<f4"), torch.float64: np.dtype("<f8")}
