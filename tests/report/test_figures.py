@@ -16,6 +16,7 @@ from scipy.optimize import isotonic_regression
 from isthmus.errors import InputError
 from isthmus.report import account, figures, read_all, theme
 from isthmus.report.marks import spread
+from isthmus.report.serving import ORIGINS
 
 
 def _data(chart: Any) -> list[list[dict[str, Any]]]:
@@ -222,9 +223,10 @@ def _contrast(a: str, b: str) -> float:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_keep_apart_for_every_eye_and_stand_out(scheme: theme.Scheme) -> None:
     paper = theme.resolve("var(--paper)", scheme)
-    for family in ("run", "part"):
-        shown = theme.resolve(theme.colours(family, 6), scheme)
-        assert len(set(shown)) == 6 and min(_contrast(c, paper) for c in shown) >= 3
+    families = [theme.colours("run", 6), theme.colours("part", 6), list(map(theme.token, ORIGINS))]
+    for names in families:
+        shown = theme.resolve(names, scheme)
+        assert len(set(shown)) == len(names) and min(_contrast(c, paper) for c in shown) >= 3
         for seen in SEEN_BY.values():
             labs = [_lab(seen @ _linear(colour)) for colour in shown]
             assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(labs, 2)) > 13

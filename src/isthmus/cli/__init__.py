@@ -30,7 +30,7 @@ from isthmus.errors import unknown
 
 VERBS: dict[str, dict[str, str]] = {
     "Start here": {
-        "demo": "devices tune a language model together, every byte counted",
+        "demo": "devices tune a language model together, then it is served in two parts",
         "systems": "every system of the catalogue, with its status",
     },
     "Train": {

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import arg
 
+from isthmus.cli.bar import Bar
 from isthmus.run import api
 from isthmus.run.config import Config, assign
 
@@ -96,47 +97,16 @@ def play(config: Config | None, out: Path | None, resume: Path | None, report: b
     return 0
 
 
-class Watch:
-    """Shows rounds as they end: a bar on a terminal, plain lines elsewhere."""
+class Watch(Bar):
+    """Shows rounds as they end."""
 
     def __init__(self, rounds: int | None, title: str = "") -> None:
-        self.rounds, self.title = rounds, title
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> Watch:
-        if sys.stdout.isatty():
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeElapsedColumn,
-            )
-
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[line]}", style="dim"),
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(self.title or "rounds", total=self.rounds, line="")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        super().__init__(title or "rounds", rounds)
+        self._said = f"{title}: " if title else ""
 
     def __call__(self, report: Any, rows: list[dict[str, Any]]) -> None:
         line = describe(report, rows)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=report.round, line=line)
-        else:
-            print(
-                f"{self.title + ': ' if self.title else ''}round {report.round}: {line}", flush=True
-            )
+        self.show(report.round, line, f"{self._said}round {report.round}: {line}")
 
 
 def describe(report: Any, rows: list[dict[str, Any]]) -> str:

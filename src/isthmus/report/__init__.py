@@ -11,9 +11,18 @@ from pathlib import Path
 
 from isthmus.report.account import Row, closing_table
 from isthmus.report.read import RunData, read_all
-from isthmus.report.terminal import terminal
+from isthmus.report.terminal import terminal, terminal_serving
 
-__all__ = ["Row", "RunData", "closing_table", "export", "read_all", "terminal", "write"]
+__all__ = [
+    "Row",
+    "RunData",
+    "closing_table",
+    "export",
+    "read_all",
+    "terminal",
+    "terminal_serving",
+    "write",
+]
 
 
 def write(folders: Sequence[Path | str], out: Path | str, title: str | None = None) -> Path:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.errors import InputError, need, unknown
-from isthmus.report import account
-from isthmus.report.read import RunData, read_all
+from isthmus.report import account, serving
+from isthmus.report.read import RunData, read_all, served
+from isthmus.report.tables import Table
 
 FORMATS = ("png", "svg", "csv")
 _WIDTH = 560
@@ -22,7 +23,8 @@ def export(
     """Write charts and tables of the runs in `folders` into `out_dir`; return the paths.
 
     The tables are `closing.csv` (one row a run), `devices.csv`, `metrics.csv` (one value a row)
-    and `ledger.csv` (one entry a row), each with the run as first column.
+    and `ledger.csv` (one entry a row), each with the run as first column; of what was served
+    `serving.csv` (one row a method), `tokens.csv` and `serving-ledger.csv`.
     """
     for name in formats:
         if name not in FORMATS:
@@ -49,17 +51,32 @@ def tables(runs: Sequence[RunData]) -> dict[str, list[dict[str, Any]]]:
         for run in runs
         for device in (account.devices(run, measures[0]) if measures else [])
     ]
-    return {
+    made = {
         "closing": [dataclasses.asdict(row) for row in account.closing_table(runs)],
         "devices": devices,
-        "metrics": [row for run in runs for row in _labelled(run, run.metrics)],
-        "ledger": [row for run in runs for row in _labelled(run, run.ledger)],
+        "metrics": [row for run in runs for row in _labelled(run.title, run.method, run.metrics)],
+        "ledger": [row for run in runs for row in _labelled(run.title, run.method, run.ledger)],
     }
+    shown = served(runs)
+    if shown:
+        made["serving"] = [dataclasses.asdict(row) for row in serving.closing_table(shown)]
+        made["tokens"] = [row for one in shown for row in _tokens(one)]
+        made["serving-ledger"] = [
+            row for one in shown for row in _labelled(one.title, one.method, one.ledger)
+        ]
+    return made
 
 
-def _labelled(run: RunData, table: Any) -> Iterable[dict[str, Any]]:
+def _labelled(title: str, method: str, table: Table) -> Iterable[dict[str, Any]]:
     for row in table.rows():
-        yield {"run": run.title, "method": run.method, **dict(zip(table.columns, row, strict=True))}
+        yield {"run": title, "method": method, **dict(zip(table.columns, row, strict=True))}
+
+
+def _tokens(one: serving.Served) -> Iterable[dict[str, Any]]:
+    for number, answer in enumerate(one.answers):
+        for place, token in enumerate(answer.tokens):
+            cells = {"answer": number, "owner": answer.owner, "place": place, **token._asdict()}
+            yield {"run": one.title, "method": one.method, **cells}
 
 
 def _csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
@@ -74,11 +91,11 @@ def _csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def _charts(runs: Sequence[RunData], out: Path, formats: Sequence[str]) -> list[Path]:
     need("altair", "report")
     convert = need("vl_convert", "report")
-    from isthmus.report import figures, theme
+    from isthmus.report import figures, race, theme
 
     written = []
     config = {**theme.resolve(theme.CONFIG, "light"), "background": theme.TOKENS["paper"][0]}
-    for name, chart in figures.every(runs).items():
+    for name, chart in {**figures.every(runs), **race.charts(served(runs))}.items():
         spec = theme.resolve({**chart.to_dict(validate=False), "width": _WIDTH}, "light")
         svg = convert.vegalite_to_svg(spec, config=config)
         if "svg" in formats:

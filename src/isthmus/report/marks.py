@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from isthmus.errors import need
 from isthmus.report import theme, units
-from isthmus.report.read import RunData
 
 need("altair", "report")
 
@@ -24,6 +23,13 @@ _MOST_POINTS = 16
 _LEGEND_LETTERS = 46
 
 
+class Titled(Protocol):
+    """What a chart compares: a run, or a method that was served; its title names it alone."""
+
+    @property
+    def title(self) -> str: ...
+
+
 class Bar(NamedTuple):
     """One part of a stacked bar: the bar is the `lane` of a run."""
 
@@ -35,7 +41,7 @@ class Bar(NamedTuple):
 
 def lines(
     points: Mapping[str, Sequence[tuple[float, float]]],
-    runs: Sequence[RunData],
+    runs: Sequence[Titled],
     value: str,
     axis: alt.Axis,
     log: bool = False,
@@ -101,7 +107,7 @@ def lines(
 
 
 def bars(
-    given: Iterable[Bar], runs: Sequence[RunData], said: Callable[[float], str], label: str
+    given: Iterable[Bar], runs: Sequence[Titled], said: Callable[[float], str], label: str
 ) -> tuple[Chart, str] | None:
     """Stacked bars under each run's name, one a lane, the total at its end; and the same in words.
 
@@ -168,7 +174,7 @@ def titled(chart: Chart, title: str, caption: str, words: str) -> Chart:
     )
 
 
-def run_colour(runs: Sequence[RunData], shown: Sequence[str], legend: bool = False) -> alt.Color:
+def run_colour(runs: Sequence[Titled], shown: Sequence[str], legend: bool = False) -> alt.Color:
     """A run keeps its colour in every chart, whichever runs the chart shows."""
     titles = [run.title for run in runs]
     colour = dict(zip(titles, theme.colours("run", len(titles)), strict=True))
@@ -204,27 +210,37 @@ def spread(
 ) -> list[float]:
     """Move `values` as little as possible until neighbours are `gap` apart; their order stays.
 
-    Least squares: with the gaps taken off, the sorted values must not fall, which is isotonic
-    regression by pooling neighbours that violate. Clipping its result keeps all within
-    [low, high] (where there is room: else they start at `low`) and is still the least.
+    With the gaps taken off, the sorted values must not fall (`rising`). Clipping these keeps all
+    within [low, high] (where there is room: else they start at `low`) and is still the least.
 
     >>> [round(x, 6) for x in spread([0.1, 0.0, 5.0], 1.0)]
     [0.55, -0.45, 5.0]
     """
     order = sorted(range(len(values)), key=lambda i: values[i])
-    pools: list[tuple[float, int]] = []
+    top = high - (len(values) - 1) * gap
+    level = rising([values[i] - place * gap for place, i in enumerate(order)])
+    moved = [0.0] * len(values)
     for place, i in enumerate(order):
-        mean, size = values[i] - place * gap, 1
+        moved[i] = max(low, min(top, level[place])) + place * gap
+    return moved
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """The numbers nearest to `values` (least squares) that do not fall.
+
+    Isotonic regression: neighbours that fall are pooled into their mean.
+
+    >>> rising([1.0, 3.0, 2.0, 4.0])
+    [1.0, 2.5, 2.5, 4.0]
+    """
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        mean, size = value, 1
         while pools and pools[-1][0] > mean:
             before, count = pools.pop()
             mean, size = (before * count + mean * size) / (count + size), count + size
         pools.append((mean, size))
-    top = high - (len(values) - 1) * gap
-    level = [max(low, min(top, mean)) for mean, size in pools for _ in range(size)]
-    moved = [0.0] * len(values)
-    for place, i in enumerate(order):
-        moved[i] = level[place] + place * gap
-    return moved
+    return [mean for mean, size in pools for _ in range(size)]
 
 
 def finite(value: float | None) -> bool:

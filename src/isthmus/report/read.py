@@ -1,34 +1,31 @@
-"""A run folder as columns: read-only, and readable while the run is still writing.
-
-The two tables of a run are lines of JSON. A line that is cut off at the end of a file is
-a line being written: it is left out and the run is marked `unfinished`. A line that is
-broken anywhere else is an error that names it.
-"""
+"""A run folder as columns: read-only, and readable while the run is still writing."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import numpy as np
+from typing import Any
 
 from isthmus.errors import InputError
+from isthmus.report import serving, tables
+from isthmus.report.serving import Served
+from isthmus.report.tables import Table, first_line
 
 METRICS: Mapping[str, type] = {
     "round": int, "t": float, "scope": str, "split": str, "metric": str, "value": float,
 }  # fmt: skip
 
+
 @dataclass(frozen=True)
 class RunData:
-    """What one run folder says: names, settings, and its two tables.
+    """What one run folder says: names, settings, its two tables, and what serving came to.
 
-    `ledger` has the columns of `LEDGER` and `way`; `metrics` is tidy, one value a row, with
-    the columns of `METRICS`. `privacy` is the accountant's result, if the run has one.
+    `ledger` has the columns of `tables.LEDGER` and `way`; `metrics` is tidy, one value a row,
+    with the columns of `METRICS`. `privacy` is the accountant's result, if the run has one.
+    A last line that is being written is left out, and the run is `unfinished`.
     """
 
     folder: Path
@@ -90,6 +87,19 @@ def read_all(folders: Sequence[Path | str]) -> list[RunData]:
         taken.add(title)
         runs[index] = replace(run, title=title)
     return runs
+
+
+def served(runs: Sequence[RunData]) -> list[Served]:
+    """What these runs have to show of serving, by titles that differ.
+
+    A method goes by its name, and by its run's as well where several runs were served by it.
+    """
+    shown = [(run.title, each) for run in runs for each in run.serving if each.answers]
+    names = Counter(each.method for _, each in shown)
+    return [
+        each if names[each.method] == 1 else replace(each, title=f"{each.method}, {title}")
+        for title, each in shown
+    ]
 
 
 def _settings(path: Path) -> tuple[str, dict[str, Any]]:

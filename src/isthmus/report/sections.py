@@ -7,71 +7,25 @@ say. To add one, write the function and put it into `SECTIONS`.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from isthmus.report import account, figures, marks, theme, units
+from isthmus.report import account, chapter, figures, theme, units
+from isthmus.report.parts import (
+    Block,
+    Cell,
+    PageTable,
+    Section,
+    bytes_cell,
+    figures_of,
+    joules_cell,
+    number_cell,
+    quality_cell,
+)
 from isthmus.report.read import RunData
 
 _MOST_DEVICES = 200
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell: what is shown, its exact value on hover, what it sorts by, a small note."""
-
-    text: str
-    exact: str = ""
-    sort: str = ""
-    note: str = ""
-    colour: str = ""
-
-
-@dataclass(frozen=True)
-class PageTable:
-    """A table: its caption, the column names, which columns are numbers, the rows.
-
-    `folded` puts it behind its caption, closed or open; None shows it plainly.
-    """
-
-    caption: str
-    head: Sequence[str]
-    numeric: Sequence[bool]
-    rows: Sequence[Sequence[Cell]]
-    folded: bool | None = None
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart of the page: words for the reader, the specification for the browser."""
-
-    slug: str
-    title: str
-    caption: str
-    description: str
-    spec: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Block:
-    """Text shown as it is: folded behind its title, or below it."""
-
-    title: str
-    text: str
-    folded: bool = False
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of the page, shown in this order: lead, tables, figures, blocks."""
-
-    slug: str
-    title: str
-    lead: str = ""
-    tables: list[PageTable] = field(default_factory=list)
-    figures: list[Figure] = field(default_factory=list)
-    blocks: list[Block] = field(default_factory=list)
 
 
 def _result(runs: Sequence[RunData]) -> Section:
@@ -86,14 +40,14 @@ def _result(runs: Sequence[RunData]) -> Section:
         note = "mean of devices" if row.scope == "mean of devices" else ""
         cells = [
             Cell(row.run, colour=dot),
-            _quality(row.before),
-            _quality(row.after, note),
-            _quality(row.worst, row.worst_device),
-            _bytes(row.bytes_up, row.values_up),
-            _bytes(row.bytes_down, row.values_down),
-            *([_bytes(row.bytes_across)] if across else []),
-            _number(row.seconds, units.seconds_text, "virtual seconds"),
-            _joules(row.joules, row.joules_source),
+            quality_cell(row.before),
+            quality_cell(row.after, note),
+            quality_cell(row.worst, row.worst_device),
+            bytes_cell(row.bytes_up, row.values_up),
+            bytes_cell(row.bytes_down, row.values_down),
+            *([bytes_cell(row.bytes_across)] if across else []),
+            number_cell(row.seconds, units.seconds_text, "virtual seconds"),
+            joules_cell(row.joules, row.joules_source),
         ]
         lines.append(cells)
     table = PageTable(
@@ -106,12 +60,12 @@ def _result(runs: Sequence[RunData]) -> Section:
 
 
 def _qualities(runs: Sequence[RunData]) -> Section | None:
-    drawn = _figures(figures.qualities(runs))
+    drawn = figures_of(figures.qualities(runs))
     return Section("quality", "Quality", figures=drawn) if drawn else None
 
 
 def _costs(runs: Sequence[RunData]) -> Section | None:
-    drawn = _figures(figures.costs(runs))
+    drawn = figures_of(figures.costs(runs))
     return Section("costs", "Costs", figures=drawn) if drawn else None
 
 
@@ -148,12 +102,12 @@ def _device_table(
     rows = [
         [
             Cell(device.name, colour=colour),
-            _quality(device.before),
-            _quality(device.after),
-            _bytes(device.bytes_up),
-            _bytes(device.bytes_down),
-            _number(device.seconds, units.seconds_text, "virtual seconds"),
-            _joules(device.joules),
+            quality_cell(device.before),
+            quality_cell(device.after),
+            bytes_cell(device.bytes_up),
+            bytes_cell(device.bytes_down),
+            number_cell(device.seconds, units.seconds_text, "virtual seconds"),
+            joules_cell(device.joules),
         ]
         for device in found
     ]
@@ -194,40 +148,9 @@ def _environment(runs: Sequence[RunData]) -> Section | None:
 
 
 SECTIONS: list[Callable[[Sequence[RunData]], Section | None]] = [
-    _result, _qualities, _costs, _devices, _configuration, _reproduce, _environment,
+    _result, _qualities, _costs, _devices, chapter.section, _configuration, _reproduce,
+    _environment,
 ]  # fmt: skip
-
-
-def _figures(charts: Mapping[str, marks.Chart]) -> list[Figure]:
-    """Charts for the page: their words leave the specification, the page shows them as text."""
-    drawn = []
-    for slug, chart in charts.items():
-        spec = chart.to_dict(validate=False)
-        said = spec.pop("title")
-        spec.pop("config", None)
-        caption = " ".join(said["subtitle"])
-        drawn.append(Figure(slug, said["text"], caption, spec.pop("description"), spec))
-    return drawn
-
-
-def _quality(value: float | None, note: str = "") -> Cell:
-    sort = "" if value is None else repr(value)
-    return Cell(units.number(value), units.exact(value), sort, note)
-
-
-def _bytes(count: int, values: int = 0) -> Cell:
-    exact = units.exact(count, "bytes") + (f"; values only: {values:,}" if values else "")
-    return Cell(units.bytes_text(count), exact, str(count))
-
-
-def _number(value: float, said: Callable[[float], str], unit: str, note: str = "") -> Cell:
-    return Cell(said(value), units.exact(value, unit), repr(value), note)
-
-
-def _joules(value: float, source: str = "") -> Cell:
-    if not value:
-        return Cell("–", "not recorded", "0")
-    return _number(value, units.joules_text, f"joules {source}".strip(), source)
 
 
 def _plain(metric: str) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from isthmus.report import account, units
-from isthmus.report.read import RunData
+from isthmus.report import account, serving, units
+from isthmus.report.read import RunData, served
+from isthmus.report.serving import Served
 
 
 def heading(runs: Sequence[RunData]) -> str:
@@ -30,10 +31,11 @@ def summary(runs: Sequence[RunData]) -> str:
         said.append(
             f"{best.run} ended with the best {_plain(best.metric)}, {units.number(best.after)}."
         )
+    said += [_served(served(runs))]
     sources = account.sources(runs)
     if sources:
         said.append(f"Energy is {' and '.join(sources)}.")
-    return " ".join(said)
+    return " ".join(filter(None, said))
 
 
 def _opening(runs: Sequence[RunData]) -> str:
@@ -67,6 +69,16 @@ def _sentence(row: account.Row) -> str:
         f"{row.run} took {_plain(row.metric)} {change}{mean}, with {cost}, "
         f"in {units.seconds_text(row.seconds)} of virtual time."
     )
+
+
+def _served(shown: Sequence[Served]) -> str:
+    """What a token cost on the link, for each method of serving."""
+    rows = [(row.title, row.bytes_up + row.bytes_down) for row in serving.closing_table(shown)]
+    if not rows:
+        return ""
+    costs = ", ".join(f"{name} {units.bytes_text(cost)}" for name, cost in rows)
+    ways = f"{_count(len(rows))} way{'s' if len(rows) > 1 else ''}"
+    return f"Served {ways}, a token of an answer moved: {costs}."
 
 
 def notes(runs: Sequence[RunData]) -> list[str]:

@@ -1,8 +1,8 @@
 """One table of colours for page and charts, light and dark.
 
 A chart names its colours as CSS variables, so the page switches scheme (and prints) without
-redrawing; an exported file has the same names resolved to one scheme's values. Runs and
-message kinds keep apart under the three common kinds of colour blindness (tested).
+redrawing; an exported file has the same names resolved to one scheme's values. Runs, message
+kinds and origins of tokens keep apart under the three common kinds of colour blindness (tested).
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ TOKENS: dict[str, tuple[str, str]] = {
     "part-4": ("#7939a0", "#ac77db"),
     "part-5": ("#8b8d7d", "#75797e"),
     "part-6": ("#56654c", "#3bc188"),
+    "accepted": ("#0b47a8", "#5aa0f5"),
+    "corrected": ("#b64c07", "#f0743c"),
+    "bonus": ("#027f53", "#4fe0a8"),
+    "target": ("#8a2f71", "#f7a3dc"),
+    "device": ("#4f3e00", "#f0e46a"),
 }
 
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Helvetica, 'DejaVu Sans', Arial, sans-serif"

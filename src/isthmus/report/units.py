@@ -86,6 +86,18 @@ def joules_text(joules: float) -> str:
     return f"{_three(value)} {prefix}J"
 
 
+def rate_text(bits: float) -> str:
+    """A rate of a link.
+
+    >>> rate_text(5e6), rate_text(5470), rate_text(float("inf"))
+    ('5 Mbit/s', '5.47 kbit/s', 'no limit')
+    """
+    if math.isinf(bits):
+        return "no limit"
+    value, prefix = _scaled(bits, 1000, " kMGT")
+    return f"{value:.3g} {prefix}bit/s"
+
+
 def exact(value: float | None, unit: str = "") -> str:
     """The full value with its unit: `3,145,728 bytes`.
 

@@ -13,6 +13,25 @@
     });
   }
 
+  // Who said a token, and when: at once and beside it, where the browser's own title would wait.
+  const tip = document.body.appendChild(document.createElement("div"));
+  tip.id = "said";
+  for (const token of document.querySelectorAll(".talk dd span")) {
+    token.dataset.said = token.title;
+    token.removeAttribute("title");
+  }
+  document.addEventListener("pointerover", ({target}) => {
+    const said = target.dataset?.said;
+    tip.classList.toggle("visible", said !== undefined);
+    if (said === undefined) return;
+    tip.textContent = said;
+    const word = target.getClientRects()[0], room = innerWidth - tip.offsetWidth - 8;
+    const above = word.top - tip.offsetHeight - 6;
+    tip.style.left = `${Math.max(8, Math.min(word.left, room))}px`;
+    tip.style.top = `${above < 8 ? word.bottom + 6 : above}px`;
+  });
+  addEventListener("scroll", () => tip.classList.remove("visible"), {passive: true});
+
   const value = (row, column) => {
     const cell = row.cells[column];
     const text = cell.dataset.sort ?? cell.textContent.trim();
