@@ -10,7 +10,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo     devices tune a language model together, every byte counted"
+	@echo "make demo     devices tune a language model together, then serve it in two parts"
 	@echo "make test     the test suite"
 	@echo "make check    format, lint, types, floors, then the test suite"
 	@echo "make claims   every paper's claim in miniature (long)"
