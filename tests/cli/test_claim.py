@@ -92,7 +92,7 @@ def test_the_table_of_a_terminal_shows_every_word(
     [
         (["fedproxx"], "nearest: fedprox\n"),
         (["ffa-lora"], "ffa-lora (verified, no claim yet) given"),
-        (["dssd"], "dssd (planned, no claim yet) given"),
+        (["dash"], "dash (planned, no claim yet) given"),
         ([], "nothing given"),
         (["fedprox", "--all"], "a name and --all given"),
     ],

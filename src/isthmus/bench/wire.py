@@ -103,5 +103,5 @@ def _cohort(repeats: int) -> list[Figure]:
 
 
 if __name__ == "__main__":
-    for name, value, unit, goal, holds in figures():
+    for name, value, unit, goal, holds, *_ in figures():
         print(f"{name:42} {value:8.2f} {unit:8} {goal or '':22} {'' if holds is None else holds}")
