@@ -22,6 +22,7 @@ both use p'; its distance from p is TV = |p - p'|_1 / 2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -179,14 +180,16 @@ class Grid:
     def unpack(self, name: str, given: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Float64 of this shape from what crossed. Raises `WireError` naming `name` for another
         size, NaN, or numbers outside [0, 1]."""
-        count = int(np.prod(shape, dtype=object))
         if self.name in FLOATS:
             if tuple(given.shape) != shape:
                 raise WireError(name, f"shape {list(given.shape)} is not {list(shape)}")
             values = given.double()
-            if not bool(((values >= 0) & (values <= 1)).all()):
-                raise WireError(name, "a number outside 0 to 1")
+            if values.numel():
+                low, high = values.aminmax()
+                if not (low >= 0 and high <= 1):
+                    raise WireError(name, "a number outside 0 to 1")
             return values
+        count = math.prod(shape)
         if given.numel() != (count * self.bits + 7) // 8:
             raise WireError(name, f"{given.numel()} bytes for {count} numbers of {self.bits} bits")
         each = np.unpackbits(given.numpy(), bitorder="little")

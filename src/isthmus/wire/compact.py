@@ -25,6 +25,10 @@ _FRAME = [("session", "<u4"), ("kind", "<u4"), ("sequence", "<u4")]
 
 def head(schema: Schema, message: Message, places: tuple[Place, ...]) -> bytes:
     """Everything before the tensors."""
+    if (fixed := _fixed(schema)) is not None:
+        values = [message.fields[name] for name in schema.fields]
+        framing = message.session, schema.number, MARK, message.sequence
+        return fixed.pack(*framing, *values) + _sizes(schema, places)
     parts = [FRAMING.pack(message.session, schema.number, MARK, message.sequence)]
     for name, item in schema.fields.items():
         value = message.fields[name]
@@ -87,7 +91,13 @@ def read_head(
         raise WireError("framing", f"not a message of schema {schema.number}")
     at = FRAMING.size
     fields: dict[str, Value] = {}
-    for name, item in schema.fields.items():
+    fixed = _fixed(schema)
+    if fixed is not None and fixed.size <= len(data):
+        values = fixed.unpack_from(data)[4:]
+        for (name, item), value in zip(schema.fields.items(), values, strict=True):
+            fields[name] = item.check(name, value, finite)
+        at = fixed.size
+    for name, item in () if fields else schema.fields.items():
         if item.dtype in SCALARS:
             stop = _within(name, at + struct.calcsize(SCALARS[item.dtype].code), data)
             value: Any = struct.unpack_from("<" + SCALARS[item.dtype].code, data, at)[0]
@@ -121,6 +131,18 @@ def read_head(
         raise WireError("tensors", f"{room} bytes left over")
     places = schema.place({name: (schema.tensors[name].dtype, s) for name, s in shapes.items()})
     return Message(schema.kind, fields, {}, session, sequence), places, at
+
+
+def _fixed(schema: Schema) -> struct.Struct | None:
+    """Framing and fields in one piece, where all fields are numbers of fixed width."""
+    found = schema.frames.get("fixed", False)
+    if found is False:
+        codes = [
+            SCALARS[item.dtype].code for item in schema.fields.values() if item.dtype in SCALARS
+        ]
+        plain = len(codes) == len(schema.fields) and "?" not in codes  # a bool may be malformed
+        found = schema.keep("fixed", struct.Struct("<IHHI" + "".join(codes)) if plain else None)
+    return cast("struct.Struct | None", found)
 
 
 def _packed(schema: Schema) -> np.dtype[np.void]:

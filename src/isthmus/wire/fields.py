@@ -40,6 +40,7 @@ SCALARS: dict[str, Scalar] = {
     "f64": Scalar("d", "<f8", 24, -math.inf, math.inf),
     "bool": Scalar("?", "?", 5, 0, 1),
 }
+_INTEGERS = frozenset({"u8", "u16", "u32", "u64", "i64"})
 FLOATS = ("f32", "f64")
 TEXTS = ("str", "bytes")
 
@@ -68,6 +69,11 @@ class Field:
         Floats of type f32 come back rounded to it. NaN and infinity are refused when `finite`,
         or when a bound excludes them.
         """
+        kind = type(value)
+        if kind is int and self.low is self.high is None and self.dtype in _INTEGERS:
+            scalar = SCALARS[self.dtype]
+            if scalar.low <= value <= scalar.high:
+                return value
         if self.dtype in TEXTS:
             return self._check_text(name, value)
         if self.dtype == "bool":
