@@ -57,7 +57,7 @@ class Sync:
 
 @lru_cache(maxsize=4)
 def _block(schedule: Sync, block: int) -> np.ndarray:
-    """The fixed cohorts of BLOCK rounds from one sort, equal to `distinct` for each: `[BLOCK, n]`."""
+    """The fixed cohorts of BLOCK rounds from one sort, as `distinct` gives them: `[BLOCK, n]`."""
     rounds = np.arange(block * BLOCK, (block + 1) * BLOCK)
     keys = seeds.keys(seeds.key(schedule.seed, "cohort"), rounds)
     order = np.argsort(seeds.bits_of(keys, schedule.population), axis=1, kind="stable")
