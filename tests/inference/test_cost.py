@@ -10,12 +10,10 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.errors import InputError
-from isthmus.inference.cost import Cost, Shape, forward, seconds, shape_of
+from isthmus.inference.cost import Cost, Shape, forward, shape_of
 from isthmus.models import adapter, language
 from isthmus.models.kv import BLOCK, memory_of
-from isthmus.wire.device import Device, Profile, Tier, count_flops
-from isthmus.wire.device import Power as Watts
+from isthmus.wire.device import count_flops
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 41, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 3,
@@ -132,17 +130,3 @@ def test_feeding_in_parts_moves_more_and_attends_less(n: int, context: int, more
         fewer = forward(SHAPE, [(n, context)], rows)
         assert parts[0].flops - fewer.flops == SHAPE.head * max(n - rows, 0)
         assert fewer.bytes == parts[0].bytes
-
-
-def test_seconds_follow_the_slower_of_the_two() -> None:
-    profile = Profile(
-        "toy", {"float32": 100.0, "float32/prefill": 400.0, "float16": 50.0},
-        {"ram": Tier(1e9, 10.0)}, Watts(1.0, 2.0, 1.0),
-    )  # fmt: skip
-    device = Device(profile)
-    assert seconds(Cost(1000, 20), device) == 10.0
-    assert seconds(Cost(1000, 20), device, phase="prefill") == 2.5
-    assert seconds(Cost(1000, 200), device) == 20.0
-    assert seconds(Cost(1000, 20), device, dtype="float16") == 20.0
-    with pytest.raises(InputError, match="dtype"):
-        seconds(Cost(1, 1), device, dtype="int8")

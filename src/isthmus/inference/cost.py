@@ -1,5 +1,4 @@
-"""What a forward costs: arithmetic and memory traffic of n tokens after a context, and the
-seconds of both on a device.
+"""What a forward costs: arithmetic and memory traffic of n tokens after a context.
 
 Counted are matrix products and attention, 2 FLOPs a multiply-add, as eager attention computes
 them (every new token with every position of its own text); norms, activations and the scans of
@@ -14,8 +13,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
-
-from isthmus.wire.device import Device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +32,7 @@ class Shape(NamedTuple):
     kv: int
     """Bytes of the keys and values of one token, in all layers."""
     dtype: str
-    """The type it computes in, as `Device` names it."""
+    """The type it computes in, as `isthmus.wire.device` names it."""
 
 
 class Cost(NamedTuple):
@@ -96,8 +93,3 @@ def forward(shape: Shape, lengths: Sequence[tuple[int, int]], rows: int | None =
         tokens * shape.body + out * shape.head + pairs * shape.attention,
         shape.weights + held * shape.kv,
     )
-
-
-def seconds(cost: Cost, device: Device, phase: str = "decode", dtype: str = "float32") -> float:
-    """How long a device takes: the slower of arithmetic and memory (`Device.spend`)."""
-    return float(device.spend(cost.flops, dtype, phase, cost.bytes).seconds)
