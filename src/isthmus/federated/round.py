@@ -65,12 +65,18 @@ class Federation:
     now: float = 0.0
     extras: Mapping[str, Any] = field(default_factory=dict)
     names: Sequence[str] = ()
+    _named: tuple[bytes, list[str]] = field(default_factory=lambda: (b"", list[str]()))
 
     def named(self, clients: np.ndarray) -> list[str]:
         """The parties of the ledger for these clients: `client/` and the owner, or the number."""
-        if self.names:
-            return [self.names[int(client)] for client in clients]
-        return [f"client/{client}" for client in clients.tolist()]
+        held, names = self._named
+        if held != (wanted := clients.tobytes()):  # a round asks several times for the same
+            if self.names:
+                names = [self.names[client] for client in clients.tolist()]
+            else:
+                names = [f"client/{client}" for client in clients.tolist()]
+            self._named = (wanted, names)
+        return names
 
     def step(self) -> Report:
         """Play one round: send, work, send back, reduce, update."""
@@ -123,18 +129,18 @@ class Federation:
             return [nothing] * n, Delivery(
                 still, still + self.now, still, still, still, still, arrived, nothing_tried
             )
-        sizes, values = np.zeros(n, np.int64), np.zeros(n, np.int64)
-        made: dict[Any, tuple[Tree, int, int]] = {}
-        downs: list[Tree] = []
+        made: dict[int, tuple[Tree, int, int]] = {}
         axes = self.method.rank_axes() if self.method.slices_download else None
-        for i, client in enumerate(clients.tolist()):
-            known = Known(client, int(self.ranks[client]), int(self.versions[client]))
-            slot = known if self.method.personal_download else known.rank
+        ranks = self.ranks[clients].tolist()
+        # Who is sent the same: clients of one rank, unless every client has a model of its own.
+        slots = clients.tolist() if self.method.personal_download else ranks
+        for slot, client, rank in zip(slots, clients.tolist(), ranks, strict=True):
             if slot not in made:
-                sent = self.method.send(self.state, known)
-                made[slot] = self.path.down(sent, self.round, key, known.rank, axes)
-            down, sizes[i], values[i] = made[slot]
-            downs.append(down)
+                sent = self.method.send(self.state, Known(client, rank, int(self.versions[client])))
+                made[slot] = self.path.down(sent, self.round, key, rank, axes)
+        downs = [made[slot][0] for slot in slots]
+        sizes = np.array([made[slot][1] for slot in slots], np.int64)
+        values = np.array([made[slot][2] for slot in slots], np.int64)
         names = self.named(clients)
         delivery = self.link.send_many(
             sizes, "down", self.now, key=seeds.fold(key, 1), index=clients
@@ -184,10 +190,10 @@ class Federation:
     def _work(self, cohort: Cohort, done: Done, begun: np.ndarray) -> np.ndarray:
         """Enter what each client computed; when each has finished."""
         flops = done.gradients.numpy().astype(np.float64) * self.flops
-        owners = [self.devices[client % len(self.devices)] for client in cohort.clients.tolist()]
         if len(self.devices) == 1:
-            spent = owners[0].spend(flops)
+            spent = self.devices[0].spend(flops)
         else:
+            owners = [self.devices[c % len(self.devices)] for c in cohort.clients.tolist()]
             spent = spend_each(owners, flops)
         names = self.named(cohort.clients)
         self.ledger.later(

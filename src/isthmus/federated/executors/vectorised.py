@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -35,6 +37,7 @@ class Vectorised:
 
     def __init__(self, compile: Mode = "none", chunk: int = 0) -> None:
         self.graphs, self.chunk = Graphs(compile), chunk
+        keep_freed_memory()
 
     def run(self, method: Method, ground: Ground, cohort: Cohort) -> Done:
         groups = self._groups(method, ground, cohort)
@@ -139,6 +142,25 @@ class Vectorised:
             out["examples"],
             out["examples"] * grads,
         )
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let the C library keep up to 256 MB that were freed, where it is glibc.
+
+    A round frees the tensors of a cohort and the next one asks for as much again. Handed back
+    to the system in between, every page of it would be faulted in and zeroed each time.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_TRIM_THRESHOLD, 1 << 28)
+    mallopt(_MMAP_THRESHOLD, 1 << 25)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""The numbers of glibc's malloc.h."""
 
 
 class _Visit:
