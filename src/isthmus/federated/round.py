@@ -72,7 +72,7 @@ class Federation:
         held, names = self._named
         if held != (wanted := clients.tobytes()):  # a round asks several times for the same
             if self.names:
-                names = [self.names[client] for client in clients.tolist()]
+                names = [self.names[int(client)] for client in clients]
             else:
                 names = [f"client/{client}" for client in clients.tolist()]
             self._named = (wanted, names)
