@@ -28,7 +28,7 @@ lint: .venv/.dev
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m basedpyright
-	@PYTHONPATH=src .venv/bin/lint-imports --no-logo
+	@PYTHONPATH=src .venv/bin/lint-imports --no-logo --no-cache
 
 check: lint test
 

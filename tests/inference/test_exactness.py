@@ -11,7 +11,7 @@ from tests.inference.pure import Pair, chi_square, tables
 from torch import Tensor
 
 from isthmus.inference import verify
-from isthmus.inference.method import Kept, method_of
+from isthmus.inference.method import Kept, Settled, method_of
 from isthmus.models.decode import Law, top_k
 from isthmus.wire.message import Message
 
@@ -142,13 +142,14 @@ def one_chance_for_all(patch: pytest.MonkeyPatch) -> Pair:
 
 def another_scalar_than_subtracted(patch: pytest.MonkeyPatch) -> Pair:
     subject = pair("dssd", grid="3")
-    right = subject.method.offer
+    right = subject.method.settle
 
-    def offer(at: int, last: int, ids: Tensor, q: Tensor, u: Tensor) -> tuple[Message, Kept]:
-        message, kept = right(at, last, ids, q, u)
-        return message, kept._replace(s=q[: len(kept.s)])
+    def settle(kept: Kept, verdict: Message, correct: Tensor) -> Settled:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(verify.Grid, "down", lambda grid, q: q)
+            return right(kept, verdict, correct)
 
-    patch.setattr(subject.method, "offer", offer)
+    patch.setattr(subject.method, "settle", settle)
     return subject
 
 

@@ -213,7 +213,7 @@ def test_what_cannot_be_decoded_is_refused(small: tuple[Any, Any]) -> None:
         ("target", lambda: decode(None, None, text)),
         ("fallback", lambda: decode(target, draft, text, fallback="cloud")),  # type: ignore
         ("settings.gamma", lambda: decode(target, draft, text, settings={"gamma": 65})),
-        ("serving", lambda: decode(target, draft, text, method="dsdd")),
+        ("method", lambda: decode(target, draft, text, method="dsdd")),
         ("device", lambda: decode(target, draft, text, device="fone")),
     ]
     for field, call in bad:

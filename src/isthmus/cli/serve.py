@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+from isthmus import __version__
 from isthmus.cli.serving import few_threads, optional, token_of
 from isthmus.errors import InputError, need
 
@@ -68,7 +69,7 @@ def command(
             method=method or ("cloud-only" if small is None else "dssd"), link=link,
             device=device, edge=edge, fallback=fallback, at_once=at_once,
         )  # fmt: skip
-        app = make_app(service, secret)
+        app = make_app(service, secret, __version__)
         with _listening(host, 8000 if port is None else port) as sock:
             config = uvicorn.Config(
                 app, log_level="warning", timeout_graceful_shutdown=2, server_header=False

@@ -57,8 +57,8 @@ class Seen(NamedTuple):
 
 class Kept(NamedTuple):
     """What the device keeps of an offer until its verdict: the ids that were drawn (int64 `[g]`,
-    a void one last if any), the sub-measures s (float64 `[g, V]`) that the edge judges by, and
-    whether the last id is `void`."""
+    a void one last if any), the sub-measures s (float64 `[g, V]`) that the edge judges by or the
+    rows that a method takes them from when one is needed, and whether the last id is `void`."""
 
     ids: Tensor
     s: Tensor
@@ -148,6 +148,11 @@ class Method:
         raise NotImplementedError
 
 
+def names() -> list[str]:
+    """The methods that can be asked for by name."""
+    return catalogue.names("serving")
+
+
 def method_of(
     method: Method | type[Method] | str, vocab: int, settings: Mapping[str, Any] | None = None
 ) -> Method:
@@ -161,6 +166,8 @@ def method_of(
         if method.vocab != vocab:
             raise InputError("method", f"a vocabulary of {method.vocab}", f"one of {vocab} tokens")
         return method
+    if isinstance(method, str) and catalogue.key(method) not in map(catalogue.key, names()):
+        raise unknown("method", method, names())
     kind = catalogue.find("serving", method) if isinstance(method, str) else method
     given = dict(settings or {})
     try:

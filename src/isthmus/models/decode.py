@@ -102,8 +102,8 @@ def draw(probabilities: Tensor, u: Tensor) -> Tensor:
     total = probabilities.double().cumsum(-1)
     height = u.double().unsqueeze(-1) * total[..., -1:]
     # Rounding may lift u * total to total itself; the token that completes it takes it.
-    last = (total < total[..., -1:]).sum(-1)
-    return torch.minimum((total <= height).sum(-1), last)
+    last = torch.searchsorted(total, total[..., -1:].contiguous())
+    return torch.minimum(torch.searchsorted(total, height, right=True), last).squeeze(-1)
 
 
 class Step(NamedTuple):

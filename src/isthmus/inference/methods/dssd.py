@@ -35,7 +35,6 @@ from isthmus.inference.draft import (
     GridName,
     Ids,
     RowName,
-    keep,
     settled,
     stands,
 )
@@ -84,9 +83,11 @@ class Dssd(Method):
         return scan(estimate(seen.judged, seen.accepted), load, base, row, MOST)
 
     def offer(self, at: int, last: int, ids: Tensor, q: Tensor, u: Tensor) -> tuple[Message, Kept]:
-        q = unit(q)
-        kept = keep(ids, q, self.grid.down(q), u)
-        scalars = chosen(kept.s, kept.ids.tolist())
+        q_x = chosen(q, ids.tolist()) / q.sum(-1)
+        s_x = self.grid.down(q_x)
+        n = accepted(s_x, q_x, u)
+        kept = Kept(ids[: n + 1], q[: n + 1], void=n < len(ids))  # of s one row is needed at most
+        scalars = s_x[: n + 1]
         if kept.void:
             scalars[-1] = 0.0
         tensors = {"ids": self.ids.pack(kept), "s": self.grid.pack(scalars)}
@@ -104,7 +105,8 @@ class Dssd(Method):
         p = self.row.unpack("row", row, (self.vocab,))
         if not bool((p > 0).any()):
             raise WireError("row", "a row without mass")
-        return settled(kept, n, correction(unit(p), kept.s[n], correct[n]))
+        s = self.grid.down(unit(kept.s[n]))
+        return settled(kept, n, correction(unit(p), s, correct[n]))
 
     # edge
 

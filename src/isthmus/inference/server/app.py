@@ -17,7 +17,6 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from isthmus import __version__
 from isthmus.errors import InputError, need
 from isthmus.inference.messages import TEXT
 from isthmus.inference.server import page, prompts
@@ -45,8 +44,9 @@ LIMIT = 4 << 20
 T = TypeVar("T")
 
 
-def make_app(service: Service, token: str | None = None) -> Any:
+def make_app(service: Service, token: str | None = None, version: str = "0") -> Any:
     """The application (FastAPI) that serves `service`; with a `token`, only to who has it.
+    `version` is what it says of itself.
 
     Closing the application closes the service. Raises `MissingExtra` without the extra `serve`.
     """
@@ -105,7 +105,7 @@ def make_app(service: Service, token: str | None = None) -> Any:
 
     async def health(http: Http) -> Any:
         alive = service.alive
-        told = {"status": "ok" if alive else "stopped", "version": __version__}
+        told = {"status": "ok" if alive else "stopped", "version": version}
         return responses.JSONResponse(told, 200 if alive else 503)
 
     async def metrics(http: Http) -> Any:
@@ -131,7 +131,7 @@ def make_app(service: Service, token: str | None = None) -> Any:
     app = fastapi.FastAPI(
         title="isthmus",
         lifespan=lifespan,
-        version=__version__,
+        version=version,
         docs_url=None,  # their page would load scripts from elsewhere
         redoc_url=None,
         openapi_url=None,
