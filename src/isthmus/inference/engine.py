@@ -108,7 +108,8 @@ class Engine:
         self.memory.crop(slot, length)
 
     def rows(self, slot: int, ids: Sequence[int], last: int) -> Pending[Tensor]:
-        """Feed ids; the logits after the last `last` of them (float64 `[last, V]`)."""
+        """Feed ids; the logits after the last `last` of them (`[last, V]`, as the model gives
+        them, so that a law makes of them what it makes in plain decoding)."""
         return self._ask(slot, ids, last)
 
     def propose(
@@ -179,7 +180,7 @@ class Engine:
             ids, lengths = left_padded([asked.ids for asked in group])
             last = max(asked.last for asked in group)
             found = self._fed([asked.slot for asked in group], ids, lengths, last)
-            rows = found.to(torch.float64, copy=True)
+            rows = found.clone()  # outside of inference mode
             for i, asked in enumerate(group):
                 if not asked.draws:
                     asked.pending.settle(rows[i, -asked.last :])
