@@ -12,9 +12,9 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from isthmus.errors import InputError
-from isthmus.inference.method import Kept, Settled
-from isthmus.inference.verify import Grid, accepted, chosen
-from isthmus.wire.message import Field, TensorSpec, WireError
+from isthmus.inference.method import Judged, Kept, Knobs, Method, Settled
+from isthmus.inference.verify import Grid, accepted, chosen, judge, unit
+from isthmus.wire.message import Field, Message, Schema, TensorSpec, WireError
 
 MOST = 64
 """Tokens in a draft, at most."""
@@ -145,3 +145,34 @@ def settled(kept: Kept, count: object, token: int) -> Settled:
     if not len(kept.ids):
         return Settled(n, token, "target")
     return Settled(n, token, "bonus" if n == len(kept.ids) else "corrected")
+
+
+class ByRows(Method):
+    """What the methods share whose edge has the sub-measures and draws the correction itself.
+
+    Their own is how an offer says them: `up`, `offer`, `drafted` and `rows`.
+    """
+
+    def __init__(self, vocab: int, knobs: Knobs | None = None) -> None:
+        super().__init__(vocab, knobs)
+        self.ids, self.grid, self.row = Ids(vocab), Grid(self.knobs.grid), Grid(self.knobs.row)
+
+    def verdict(self, number: int) -> Schema:
+        """The schema of their verdicts: how many tokens stand, and the one that follows."""
+        fields = {"at": Field("u32"), "accepted": POSITION, "token": self.ids.field()}
+        return Schema("verdict", number, fields, max_bytes=64)
+
+    def rows(self, offer: Message) -> Tensor:
+        """The sub-measures `[g, V]` of an offer. Raises `WireError`."""
+        raise NotImplementedError
+
+    def judge(self, p: Tensor, offer: Message, accept: Tensor, correct: Tensor) -> Judged:
+        ids, _ = self.ids.read("ids", offer.tensors["ids"])
+        s = self.rows(offer)
+        p = torch.cat([unit(self.row.near(p[: len(s)])), p[len(s) :]])
+        n, token = judge(p, s, ids, accept, correct)
+        return Judged(n, token, Message("verdict", {"at": 0, "accepted": n, "token": token}, {}))
+
+    def settle(self, kept: Kept, verdict: Message, correct: Tensor) -> Settled:
+        token = self.ids.one("token", verdict.fields["token"])
+        return settled(kept, verdict.fields["accepted"], token)

@@ -18,23 +18,20 @@ Schemas 32 (offer) and 33 (verdict).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from isthmus import catalogue
 from isthmus.inference.draft import (
     MOST,
-    POSITION,
     POSITION_BITS,
+    ByRows,
     GridName,
-    Ids,
     RowName,
     checked,
     keep,
-    settled,
 )
-from isthmus.inference.method import Drafted, Judged, Kept, Knobs, Method, Settled
-from isthmus.inference.verify import Grid, judge, unit
+from isthmus.inference.method import Drafted, Kept, Knobs
+from isthmus.inference.verify import unit
 from isthmus.wire.message import Field, Message, Schema
 
 
@@ -48,20 +45,18 @@ class Settings(Knobs):
 
 
 @catalogue.register("full-row", place="serving", status="verified")
-class FullRow(Method):
+class FullRow(ByRows):
     """Every row goes up."""
 
     Settings = Settings
 
     def __init__(self, vocab: int, knobs: Knobs | None = None) -> None:
         super().__init__(vocab, knobs)
-        self.ids, self.grid, self.row = Ids(vocab), Grid(self.knobs.grid), Grid(self.knobs.row)
         rows = self.grid.spec(None, vocab)
         most = 64 + MOST * (self.ids.width + (vocab * self.grid.bits + 7) // 8)
         tensors = {"ids": self.ids.spec(None), "rows": rows}
         self.up = Schema("offer", 32, {"at": Field("u32")}, tensors, most)
-        verdict = {"at": Field("u32"), "accepted": POSITION, "token": self.ids.field()}
-        self.down = Schema("verdict", 33, verdict, max_bytes=64)
+        self.down = self.verdict(33)
 
     # device
 
@@ -71,26 +66,16 @@ class FullRow(Method):
         tensors = {"ids": self.ids.pack(kept), "rows": self.grid.pack(kept.s)}
         return Message("offer", {"at": at}, tensors), kept
 
-    def settle(self, kept: Kept, verdict: Message, correct: Tensor) -> Settled:
-        token = self.ids.one("token", verdict.fields["token"])
-        return settled(kept, verdict.fields["accepted"], token)
-
     # edge
 
     def drafted(self, offer: Message) -> Drafted:
         ids, void = self.ids.read("ids", offer.tensors["ids"])
-        checked("rows", self._rows(offer, len(ids) + void), ids)
+        checked("rows", self.rows(offer), ids)
         return Drafted(None, ids, void)
 
-    def judge(self, p: Tensor, offer: Message, accept: Tensor, correct: Tensor) -> Judged:
-        ids, void = self.ids.read("ids", offer.tensors["ids"])
-        s = self._rows(offer, len(ids) + void)
-        p = torch.cat([unit(self.row.near(p[: len(s)])), p[len(s) :]])
-        n, token = judge(p, s, ids, accept, correct)
-        return Judged(n, token, Message("verdict", {"at": 0, "accepted": n, "token": token}, {}))
-
-    def _rows(self, offer: Message, g: int) -> Tensor:
-        return self.grid.unpack("rows", offer.tensors["rows"], (g, self.vocab))
+    def rows(self, offer: Message) -> Tensor:
+        shape = (len(offer.tensors["ids"]), self.vocab)
+        return self.grid.unpack("rows", offer.tensors["rows"], shape)
 
     def values(self, message: Message) -> int:
         if message.kind == "offer":

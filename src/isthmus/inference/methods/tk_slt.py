@@ -41,18 +41,16 @@ from torch import Tensor
 from isthmus import catalogue
 from isthmus.inference.draft import (
     MOST,
-    POSITION,
     POSITION_BITS,
+    ByRows,
     GridName,
-    Ids,
     RowName,
     checked,
     keep,
-    settled,
 )
 from isthmus.inference.length import best, estimate, speed
-from isthmus.inference.method import Costs, Drafted, Judged, Kept, Knobs, Method, Seen, Settled
-from isthmus.inference.verify import Grid, judge, unit
+from isthmus.inference.method import Costs, Drafted, Kept, Knobs, Seen
+from isthmus.inference.verify import unit
 from isthmus.models.decode import Law
 from isthmus.wire.message import Field, Message, Schema, WireError
 
@@ -85,14 +83,13 @@ class Truncated:
 
 
 @catalogue.register("tk-slt", place="serving", status="miniature")
-class TkSlt(Method):
+class TkSlt(ByRows):
     """K entries of each row go up."""
 
     Settings = Settings
 
     def __init__(self, vocab: int, knobs: Knobs | None = None) -> None:
         super().__init__(vocab, knobs)
-        self.ids, self.grid, self.row = Ids(vocab), Grid(self.knobs.grid), Grid(self.knobs.row)
         self.k = k = min(self.knobs.K, vocab)
         tensors = {
             "ids": self.ids.spec(None),
@@ -101,8 +98,7 @@ class TkSlt(Method):
         }
         most = 64 + MOST * (self.ids.width * (k + 1) + (k * self.grid.bits + 7) // 8)
         self.up = Schema("offer", 34, {"at": Field("u32")}, tensors, most)
-        verdict = {"at": Field("u32"), "accepted": POSITION, "token": self.ids.field()}
-        self.down = Schema("verdict", 35, verdict, max_bytes=64)
+        self.down = self.verdict(35)
 
     # device
 
@@ -133,10 +129,6 @@ class TkSlt(Method):
         }
         return Message("offer", {"at": at}, tensors), kept
 
-    def settle(self, kept: Kept, verdict: Message, correct: Tensor) -> Settled:
-        token = self.ids.one("token", verdict.fields["token"])
-        return settled(kept, verdict.fields["accepted"], token)
-
     # edge
 
     def drafted(self, offer: Message) -> Drafted:
@@ -146,18 +138,10 @@ class TkSlt(Method):
             raise WireError("top", f"{len(top)} rows for {len(ids) + void} drafted tokens")
         if bool((top >= self.vocab).any()) or bool((top.diff(dim=-1) <= 0).any()):
             raise WireError("top", f"ids that do not rise within {self.vocab} words")
-        checked("s", self._rows(offer), ids)
+        checked("s", self.rows(offer), ids)
         return Drafted(None, ids, void)
 
-    def judge(self, p: Tensor, offer: Message, accept: Tensor, correct: Tensor) -> Judged:
-        ids, _ = self.ids.read("ids", offer.tensors["ids"])
-        s = self._rows(offer)
-        p = torch.cat([unit(self.row.near(p[: len(s)])), p[len(s) :]])
-        n, token = judge(p, s, ids, accept, correct)
-        return Judged(n, token, Message("verdict", {"at": 0, "accepted": n, "token": token}, {}))
-
-    def _rows(self, offer: Message) -> Tensor:
-        """The sub-measures `[g, V]` of an offer."""
+    def rows(self, offer: Message) -> Tensor:
         top = offer.tensors["top"].long()
         values = self.grid.unpack("s", offer.tensors["s"], tuple(top.shape))
         return torch.zeros(len(top), self.vocab, dtype=torch.float64).scatter(-1, top, values)
