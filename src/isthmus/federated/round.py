@@ -17,6 +17,7 @@ from isthmus.federated.method import Known, Method, State
 from isthmus.federated.path import MEMORY, Path, Sent
 from isthmus.federated.schedulers.sync import Sync
 from isthmus.federated.store import ClientStore
+from isthmus.learn.phase import Purpose
 from isthmus.tree import Tree
 from isthmus.wire.device import Device, spend_each
 from isthmus.wire.ledger import Ledger
@@ -79,9 +80,14 @@ class Federation:
         return names
 
     def step(self) -> Report:
-        """Play one round: send, work, send back, reduce, update."""
+        """Play one round; before the first one, the warm-up of a method that has one."""
+        if self.round == 0 and self.method.phases("warm-up"):
+            self._exchange(np.arange(len(self.ground.owned)), "warm-up")
         self.round += 1
-        clients = self.schedule.clients(self.round)
+        return self._exchange(self.schedule.clients(self.round), "train")
+
+    def _exchange(self, clients: np.ndarray, purpose: Purpose) -> Report:
+        """Send, work, send back, reduce, update."""
         key = seeds.key(self.seed, "round", self.round)
         if not len(clients):
             return self._nobody(key)
@@ -98,11 +104,12 @@ class Federation:
             clients=clients,
             keys=seeds.keys(seeds.key(self.seed, "visit", self.round), clients),
             ranks=self.ranks[clients],
-            versions=np.full(len(clients), self.round - 1),
+            versions=np.full(len(clients), max(0, self.round - 1)),
             round=self.round,
-            lr=self.lr(self.round),
+            lr=self.lr(max(1, self.round)),
             downs=downs,
             kept=kept,
+            purpose=purpose,
         )
         done = self.executor.run(self.method, self.ground, cohort)
         finished = self._work(cohort, done, arrival.done[here])
@@ -212,7 +219,7 @@ class Federation:
         sizes = self.ground.owned.sizes(cohort.clients).tolist()
         ranks = cohort.ranks.tolist()
         updates.meta = [
-            Meta(client, self.round, self.round - 1, size, int(steps), rank or None)
+            Meta(client, self.round, max(0, self.round - 1), size, int(steps), rank or None)
             for client, size, steps, rank in zip(
                 cohort.clients.tolist(), sizes, done.steps.tolist(), ranks, strict=True
             )

@@ -95,6 +95,18 @@ class Config(BaseModel):
     evaluate_items: int | None = Field(
         None, ge=1, description="test items to score (of each owner, where owners are natural)"
     )
+    holdout: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="share of each client's own items on which it is tested, instead of the task's",
+    )
+    split: Literal["test", "val"] = Field(
+        "test", description="items that are scored: for the result, or to choose by"
+    )
+    score: Literal["mixed", "trained"] = Field(
+        "mixed", description="models are scored just after mixing, or after local training"
+    )
     checkpoint: int = Field(1, ge=0, description="checkpoint every so many rounds (0: never)")
     seed: int = Field(0, ge=0, description="of every draw")
 
