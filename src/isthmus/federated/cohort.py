@@ -54,7 +54,7 @@ class Cohort:
     keys: np.ndarray
     ranks: np.ndarray
     versions: np.ndarray
-    round: int
+    round: int | np.ndarray
     lr: float
     downs: Sequence[Tree]
     kept: Tree
@@ -76,6 +76,7 @@ class Cohort:
             versions=self.versions[rows],
             downs=[self.downs[i] for i in rows.tolist()],
             kept={name: x[index] for name, x in self.kept.items()},
+            round=self.round if isinstance(self.round, int) else self.round[rows],
             steps=None if self.steps is None else self.steps[rows],
         )
 
@@ -91,6 +92,18 @@ class Done:
     steps: Tensor
     examples: Tensor
     gradients: Tensor
+
+    def take(self, rows: np.ndarray) -> Done:
+        """The work of the clients in these rows."""
+        index = torch.from_numpy(rows)
+
+        def pick(stacked: Tree) -> Tree:
+            return {name: x[index] for name, x in stacked.items()}
+
+        u = self.updates
+        updates = Updates(pick(u.delta), pick(u.values), pick(u.buffers), pick(u.scalars))
+        sums = (self.steps[index], self.examples[index], self.gradients[index])
+        return Done(updates, pick(self.kept), self.loss[index], pick(self.aux), *sums)
 
 
 @dataclass

@@ -18,13 +18,14 @@ from torch import nn
 from isthmus import catalogue
 from isthmus.errors import InputError, unknown
 from isthmus.federated.adapters.lora import LoraMethod
+from isthmus.federated.asynchronous import Asynchronous
 from isthmus.federated.cohort import Executor, Ground, Owned
 from isthmus.federated.executors.sequential import Sequential
 from isthmus.federated.executors.vectorised import Vectorised
+from isthmus.federated.fleet import Fleet, hours, slowness
 from isthmus.federated.method import Known, Local, Method, Names
 from isthmus.federated.path import MEMORY, Path
 from isthmus.federated.round import Federation
-from isthmus.federated.schedulers.sync import Sync
 from isthmus.federated.store import ClientStore
 from isthmus.learn.graph import Mode
 from isthmus.learn.phase import Carry, Plan, Purpose, Visit
@@ -105,7 +106,8 @@ def build(
     if config.reducer is not None:
         method.reducer = pieces.make("reducer", config.reducer)
     path = _path(config, method)
-    compatibility.refuse(_pieces(config, method, path))
+    schedule = _schedule(config)
+    compatibility.refuse(_pieces(config, method, path, schedule.kind))
     base = {name: tensors[name] for name in tensors if name in _base_names(named)}
     kept = method.keep(tensors)
     if path.feedback is not None:
@@ -113,21 +115,20 @@ def build(
     flops = _flops(stage, module, tensors, named, clients.train)
     ground = Ground(module, base, dict(clients.train.columns), Owned.of(clients.parts))
     ground.cost = _cost(method, ground, tensors, flops)
-    federation = Federation(
+    federation = ENGINES[schedule.kind](
         method=method,
         ground=ground,
         path=path,
         executor=_executor(config, method),
-        schedule=Sync(
-            config.clients, config.cohort or config.clients, config.seed, config.sampling
-        ),
+        schedule=schedule,
         store=ClientStore(kept, store),
         ledger=ledger,
         link=Link.parse(config.link, config.seed),
-        devices=[Device.named(name) for name in config.devices],
+        fleet=_fleet(config),
         server=Device.named("server"),
         seed=config.seed,
         flops=flops,
+        deadline=config.deadline,
         lr=partial(_rate, cast(float, config.lr), config.lr_decay),
         state=method.init(tensors),
         ranks=_ranks(config, settings, method),
@@ -135,6 +136,41 @@ def build(
         names=clients.names,
     )
     return Built(config, task, splits, federation, module, clients)
+
+
+ENGINES: dict[str, type[Federation]] = {"sync": Federation, "async": Asynchronous}
+"""Who plays a schedule, by its kind."""
+
+
+def _schedule(config: Config) -> Any:
+    """The schedule with what it needs of the run."""
+    made = pieces.make(
+        "schedule",
+        config.schedule,
+        population=config.clients,
+        cohort=config.cohort or config.clients,
+        seed=config.seed,
+        sampling=config.sampling,
+    )
+    if made.kind != "sync":
+        for name in ("sampling", "deadline"):
+            if getattr(config, name) != Config.model_fields[name].default:
+                allowed = f"the default with schedule {config.schedule}, which has no rounds"
+                raise InputError(name, getattr(config, name), allowed)
+    return made
+
+
+def _fleet(config: Config) -> Fleet:
+    return Fleet(
+        [Device.named(name) for name in config.devices],
+        config.clients,
+        config.seed,
+        slowness(config.speeds, config.clients, config.seed),
+        config.jitter,
+        config.dropout,
+        hours(config.awake) if config.awake is not None else None,
+        config.battery,
+    )
 
 
 def _rate(lr: float, decay: float, round: int) -> float:
@@ -349,7 +385,7 @@ def _kinds(codec: Codec) -> Sequence[str]:
     return ["real"] if codec.floats and not isinstance(codec, Sign) else ["discrete"]
 
 
-def _pieces(config: Config, method: Method, path: Path) -> compatibility.Pieces:
+def _pieces(config: Config, method: Method, path: Path, schedule: str) -> compatibility.Pieces:
     """What this configuration puts on the path, in the words of the rules."""
     if method.stacks:
         reducer = "stack"
@@ -370,6 +406,8 @@ def _pieces(config: Config, method: Method, path: Path) -> compatibility.Pieces:
         central_noise=path.central is not None,
         server=cast(Any, (*["selector"] * len(path.selectors), reducer)),
         attack=path.attack is not None,
+        schedule=cast(Any, schedule),
+        backbone=getattr(method, "keeps_base", False),
         executor=config.executor,
         weights="fixed" if path.central is not None else "examples",
         sends=frozenset(cast(Any, sends)),

@@ -30,7 +30,15 @@ def write(folder: Path, fed: Federation, lengths: Mapping[str, int]) -> None:
     """Write the checkpoint of a run; raises `InputError` when the disk is full."""
     tensors = flat(fed.state, "state" + _LEVEL)
     tensors["versions"] = torch.from_numpy(fed.versions)
-    about = {"format": 1, "round": fed.round, "now": fed.now, "lengths": dict(lengths)}
+    journal, held = fed.journal()
+    tensors |= flat(held, "journal" + _LEVEL)
+    about = {
+        "format": 1,
+        "journal": journal,
+        "round": fed.round,
+        "now": fed.now,
+        "lengths": dict(lengths),
+    }
     about["order"] = list(tensors)  # the file sorts by name; sums must be taken as before
     data = save(
         {name: x.detach().contiguous() for name, x in tensors.items()},
@@ -100,6 +108,7 @@ def restore(fed: Federation, about: Mapping[str, Any], tensors: Tree) -> None:
     if versions.shape != fed.versions.shape:
         raise InputError("resume", f"{len(versions)} clients", f"{len(fed.versions)}")
     fed.versions = np.array(versions)
+    fed.take_up(about["journal"], nest(tensors).get("journal", {}))
 
 
 def flat(state: Mapping[str, Any], prefix: str = "") -> Tree:
