@@ -23,6 +23,8 @@ from isthmus.federated.round import Federation
 from isthmus.tree import Tree
 
 NAME = "checkpoint.safetensors"
+BESIDE = ".new"
+"""Ending of a file that is being written and not renamed yet."""
 _LEVEL = "//"
 
 
@@ -49,7 +51,7 @@ def write(folder: Path, fed: Federation, lengths: Mapping[str, int]) -> None:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Put `data` in place of the file at `path`, whole or not at all."""
-    beside = path.with_name(path.name + ".new")
+    beside = path.with_name(path.name + BESIDE)
     try:
         with open(beside, "wb") as file:
             file.write(data)
