@@ -82,6 +82,22 @@ class Federation:
             self._named = (wanted, names)
         return names
 
+    @property
+    def apart(self) -> bool:
+        """True when each client is sent a model of its own."""
+        return self.method.personal_download
+
+    def downloads(self, clients: np.ndarray) -> list[Tree]:
+        """What each of these clients would be sent now; one object where it is the same."""
+        made: dict[int, Tree] = {}
+        ranks = self.ranks[clients].tolist()
+        slots = clients.tolist() if self.apart else ranks
+        for slot, client, rank in zip(slots, clients.tolist(), ranks, strict=True):
+            if slot not in made:
+                known = Known(client, rank, int(self.versions[client]))
+                made[slot] = self.method.send(self.state, known)
+        return [made[slot] for slot in slots]
+
     def step(self) -> Report:
         """Play one round; before the first one, the warm-up of a method that has one."""
         if self.round == 0 and self.method.phases("warm-up"):
