@@ -49,6 +49,7 @@ FIELDS = {
     "examples": Field("f64", low=0.0),
     "steps": Field("u32"),
     "rank": Field("u16"),
+    "loss": Field("f64"),
 }
 """What an update may declare; its session is the round and its sequence the client."""
 
@@ -237,6 +238,8 @@ class Path:
         }
         if rank is not None:
             fields["rank"] = [rank] * len(some.meta)
+        if some.meta[0].loss is not None:  # a selection of clients asks for it
+            fields["loss"] = [m.loss or 0.0 for m in some.meta]
         schema, template = self._schema("update", _UPDATE, fields, tensors, payload.tensors)
         clients = [m.client for m in some.meta]
         parcel = encode_many(

@@ -264,6 +264,9 @@ class Federation:
                 cohort.clients.tolist(), sizes, done.steps.tolist(), ranks, strict=True
             )
         ]
+        if self.schedule.needs_loss:
+            losses = np.nan_to_num(done.loss.double().numpy()).tolist()  # a diverged one is guarded
+            updates.meta = [m._replace(loss=x) for m, x in zip(updates.meta, losses, strict=True)]
         weight = np.array(sizes, dtype=np.float64)
         share = weight / max(weight.sum(), 1.0)
         loss = float(done.loss.numpy() @ share)
@@ -320,6 +323,10 @@ class Federation:
             for name in names:
                 self.ledger.privacy(self.now, name, event, self.round)
         arrived, kept, who = sent.updates, sent.kept, cohort.clients
+        if self.schedule.needs_loss:
+            here = np.flatnonzero(delivery.delivered)
+            losses = np.array([arrived.meta[i].loss for i in here.tolist()])
+            self.schedule.seen(self.round, senders[here], losses, delivery.done[here] - began)
         if not delivery.delivered.all():
             arrived = arrived.take(np.flatnonzero(delivery.delivered).tolist())
         if len(arrived) < len(cohort):

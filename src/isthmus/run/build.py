@@ -108,7 +108,7 @@ def build(
         method.reducer = pieces.make("reducer", config.reducer)
     path = _path(config, method)
     schedule = _schedule(config, task, clients)
-    compatibility.refuse(_pieces(config, method, path, schedule.kind))
+    compatibility.refuse(_pieces(config, method, path, schedule))
     base = {name: tensors[name] for name in tensors if name in _base_names(named)}
     kept = method.keep(tensors)
     if path.feedback is not None:
@@ -407,7 +407,7 @@ def _kinds(codec: Codec) -> Sequence[str]:
     return ["real"] if codec.floats and not isinstance(codec, Sign) else ["discrete"]
 
 
-def _pieces(config: Config, method: Method, path: Path, schedule: str) -> compatibility.Pieces:
+def _pieces(config: Config, method: Method, path: Path, schedule: Any) -> compatibility.Pieces:
     """What this configuration puts on the path, in the words of the rules."""
     if method.stacks:
         reducer = "stack"
@@ -421,6 +421,7 @@ def _pieces(config: Config, method: Method, path: Path, schedule: str) -> compat
         reducer = "mean" if config.reducer is None else "coordinate"
     kinds = dict.fromkeys(_kinds(path.codec))
     sends = {"values"} if method.sends_values else {"delta"}
+    told = {"scalars"} if getattr(schedule, "needs_loss", False) else set[str]()
     return compatibility.Pieces(
         codec=cast(Any, ("sparse",) if "sparse" in kinds else tuple(kinds)),
         clip=config.clip is not None,
@@ -428,12 +429,12 @@ def _pieces(config: Config, method: Method, path: Path, schedule: str) -> compat
         central_noise=path.central is not None,
         server=cast(Any, (*["selector"] * len(path.selectors), reducer)),
         attack=path.attack is not None,
-        schedule=cast(Any, schedule),
+        schedule=schedule.kind,
         backbone=getattr(method, "keeps_base", False),
         server_half=_server_half(type(method)),
         executor=config.executor,
         weights="fixed" if path.central is not None else "examples",
-        sends=frozenset(cast(Any, sends)),
+        sends=frozenset(cast(Any, sends | told)),
         covered=frozenset(cast(Any, sends)) if config.privacy != "none" else frozenset(),
         public=frozenset(cast(Any, config.public)),
         vectorise=method.vectorise,
