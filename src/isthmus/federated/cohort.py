@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, cast
 
@@ -34,8 +34,12 @@ class Owned:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        return np.diff(self.starts)
+
     def sizes(self, clients: np.ndarray) -> np.ndarray:
-        return self.starts[clients + 1] - self.starts[clients]
+        return self._sizes[clients]
 
     def rows(self, client: int) -> np.ndarray:
         return self.order[self.starts[client] : self.starts[client + 1]]
@@ -95,18 +99,22 @@ class Ground:
         """The type in which the model computes."""
         return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
 
-    def plan(self, method: Method, phase: Phase, cohort: Cohort) -> Plan:
-        """The plans of a cohort `[n, T, b]`, pointing into the pool."""
+    def plan(
+        self, method: Method, phase: Phase, cohort: Cohort, keys: np.ndarray | None = None
+    ) -> Plan:
+        """The plans of a cohort `[n, T, b]`, pointing into the pool; `keys` (of the phase), if
+        given, stand in place of the cohort's own."""
+        keys = cohort.keys if keys is None else keys
         sizes = self.owned.sizes(cohort.clients)
         if type(method).plan is Method.plan:
-            plan = method.local.plans(cohort.keys, sizes)
+            plan = method.local.plans(keys, sizes)
         else:
-            plan = _padded([self._own_plan(method, phase, cohort, i) for i in range(len(cohort))])
-        starts = self.owned.starts[cohort.clients]
-        flat = plan.index.numpy() + starts[:, None, None]
+            phased = replace(cohort, keys=keys)
+            plan = _padded([self._own_plan(method, phase, phased, i) for i in range(len(cohort))])
+        flat = plan.index.numpy() + self.owned.starts[cohort.clients][:, None, None]
         if not sizes.all():  # a client without items may point behind the last row
             flat = np.minimum(flat, len(self.owned.order) - 1)
-        return Plan(torch.from_numpy(self.owned.order[flat]), plan.weight.to(self.dtype))
+        return Plan(torch.from_numpy(self.owned.order.take(flat)), plan.weight.to(self.dtype))
 
     def _own_plan(self, method: Method, phase: Phase, cohort: Cohort, i: int) -> Plan:
         rows = torch.from_numpy(self.owned.rows(int(cohort.clients[i])))

@@ -20,7 +20,7 @@ from isthmus.learn.graph import Graphs, Mode, Nest
 from isthmus.learn.phase import Phase, Plan, Purpose, Visit
 from isthmus.learn.visit import (
     Whole,
-    keys_of_steps,
+    keys_within,
     short,
     stack_alike,
     vectorised,
@@ -67,7 +67,7 @@ class Vectorised:
         plans: list[Plan] = []
         for number, phase in enumerate(phases):
             keys = seeds.keys_of(cohort.keys, number)
-            plans.append(ground.plan(method, phase, replace(cohort, keys=keys)))
+            plans.append(ground.plan(method, phase, cohort, keys))
         if len(phases) == 1 and short(plans[0], ground.exact):
             return self._at_once(method, ground, cohort, phases[0], plans[0], table, alike, apart)
         fields = fields_of(*table)
@@ -113,16 +113,9 @@ class Vectorised:
         apart: Tree,
     ) -> Done:
         """A visit of one short phase, from `start` to `finish`, as one recording."""
-        keys = seeds.keys_of(cohort.keys, 0)
-        live = plan.weight.numpy().max(-1) > 0
-        visit = _Visit(method, cohort.purpose, phase, ground.module, not live.all())
-        sequence = {
-            "index": plan.index,
-            "weight": plan.weight,
-            "key": keys_of_steps(keys, plan.index.shape[1]),
-            "live": torch.from_numpy(live),
-        }
-        out, grads = self.graphs.call(
+        uneven = not plan.weight.numpy()[..., 0].all()  # a step that does nothing is all padding
+        visit = _Visit(method, cohort.purpose, phase, ground.module, uneven)
+        out, _ = self.graphs.call(
             visit.tag,
             visit,
             {"whole": table[0], "real": table[1]},
@@ -131,7 +124,7 @@ class Vectorised:
             cohort.kept,
             ground.base,
             ground.columns,
-            sequence,
+            {"index": plan.index, "weight": plan.weight},
         )
         return Done(
             Updates(out["delta"], out["values"], out["buffers"], out["scalars"]),
@@ -140,7 +133,7 @@ class Vectorised:
             out["aux"],
             out["steps"],
             out["examples"],
-            out["examples"] * grads,
+            out["gradients"],
         )
 
 
@@ -165,10 +158,10 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 class _Visit:
     def __init__(
-        self, method: Method, purpose: Purpose, phase: Phase, module: nn.Module, ragged: bool
+        self, method: Method, purpose: Purpose, phase: Phase, module: nn.Module, uneven: bool
     ) -> None:
         self.start, self.finish = _Start(method, purpose), _Finish(method, purpose)
-        self.work = Whole(phase, module, ragged or phase.until is not None)
+        self.work = Whole(phase, module, uneven or phase.until is not None)
         self.tag = ("visit", self.start.tag, self.work.tag)
 
     def __call__(
@@ -180,15 +173,21 @@ class _Visit:
         base: Tree,
         columns: Tree,
         sequence: Tree,
-    ) -> tuple[Nest, int]:
+    ) -> tuple[Nest, None]:
         fields = fields_of(**table)
         begun, _ = self.start(fields, alike, apart, kept)
-        lr = fields["lr"][0]
+        lr, weight = fields["lr"][0], sequence["weight"]
+        keys = seeds.fold(fields["key"], 0)  # of the first phase, and the only one
+        sequence = {
+            **sequence,
+            "key": keys_within(keys, weight.shape[1]),
+            "live": weight.amax(-1) > 0,
+        }
         work, grads = self.work(base, begun["params"], begun["carry"], columns, sequence, lr)
         fields = {**fields, "steps": work["steps"]}
         out, _ = self.finish(fields, work["params"], alike, apart, work["carry"], kept)
         sums = {name: work[name] for name in ("loss", "aux", "steps", "examples")}
-        return {**out, **sums}, grads
+        return {**out, **sums, "gradients": work["examples"] * grads}, None
 
 
 class _Start:
