@@ -133,8 +133,8 @@ def table_of(cohort: Cohort, ground: Ground) -> tuple[Tensor, Tensor]:
     whole = np.empty((5, len(cohort)), np.int64)
     whole[0], whole[1], whole[2] = cohort.clients, cohort.round, cohort.versions
     whole[3], whole[4] = cohort.ranks, cohort.keys
-    real = np.zeros((3, len(cohort)))
-    real[0], real[2] = ground.owned.sizes(cohort.clients), cohort.lr
+    real = np.empty((3, len(cohort)))
+    real[0], real[1], real[2] = ground.owned.sizes(cohort.clients), 0.0, cohort.lr
     return torch.from_numpy(whole), torch.from_numpy(real).to(ground.dtype)
 
 
