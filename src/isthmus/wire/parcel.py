@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isthmus import tree
 from isthmus.tree import Tree
 from isthmus.wire.errors import WireError
 from isthmus.wire.fields import NUMBER, Value
@@ -45,8 +46,10 @@ class Parcel:
 
     @property
     def sizes(self) -> np.ndarray:
-        """The bytes of each message, int64 `[n]`."""
-        return np.diff(self.offsets.numpy())
+        """The bytes of each message, int64 `[n]`; read only."""
+        n = len(self)
+        length = self.buffer.numel() // max(n, 1)
+        return _alike(n, length) if self.offsets is _even(n, length) else np.diff(self.offsets.numpy())
 
 
 def encode_many(
@@ -64,7 +67,7 @@ def encode_many(
     """
     schema.check_names(fields, tensors)
     n = _count(fields, tensors, session, sequence)
-    places = schema.place({name: (x.dtype, x.shape[1:]) for name, x in tensors.items()})
+    places = _places(schema, tensors)
     columns = {
         "session": NUMBER.listed("session", _spread(session, n), n),
         "sequence": NUMBER.listed("sequence", _spread(sequence, n), n),
@@ -78,14 +81,37 @@ def encode_many(
     matrix = buffer.numpy().reshape(n, form.length)
     matrix[:, : form.start] = LAYOUTS[layout].heads(schema, columns, places, n)
     if form.kind is not None:
-        body = matrix.view(_WHOLE[form.kind])
-        for place, low, high in zip(places, form.lows, form.lows[1:], strict=False):
-            body[:, low:high] = tensors[place.name].numpy(force=True).reshape(n, high - low)
+        _write(matrix.view(_WHOLE[form.kind]), form, places, tensors)
     else:
         for place in places:
             flat = whole(tensors[place.name]).reshape(n, place.stop - place.start)
             matrix[:, form.start + place.start : form.start + place.stop] = flat
     return Parcel(buffer, form.offsets)
+
+
+def _places(schema: Schema, tensors: Mapping[str, Tensor]) -> tuple[Place, ...]:
+    """Where stacked tensors lie in their messages, checked."""
+    places = schema.declared
+    if places is not None and len(places) == len(tensors):
+        for name, dtype, shape, _, _ in places:
+            x = tensors[name]
+            if x.dtype is not dtype or x.shape[1:] != shape:
+                break
+        else:
+            return places
+    return schema.place({name: (x.dtype, x.shape[1:]) for name, x in tensors.items()})
+
+
+def _write(
+    body: np.ndarray, form: _Form, places: tuple[Place, ...], tensors: Mapping[str, Tensor]
+) -> None:
+    """Copy tensors into messages of one type `[n, L]`: all at once where they lie side by side."""
+    rows = tree.rows({place.name: tensors[place.name] for place in places})
+    if rows is not None:
+        body[:, form.lows[0] : form.lows[-1]] = rows.numpy(force=True)
+        return
+    for place, low, high in zip(places, form.lows, form.lows[1:], strict=False):
+        body[:, low:high] = tensors[place.name].numpy(force=True).reshape(len(body), high - low)
 
 
 def decode_many(
@@ -119,13 +145,11 @@ def decode_many(
     sound = False
     if form.kind is not None and buffer.data_ptr() % form.kind.itemsize == 0:
         flat = buffer.view(form.kind)
-        origin, length = flat.storage_offset(), form.length // form.kind.itemsize
-        tensors = {
-            place.name: flat.as_strided((n, *place.shape), strides, origin + low)
-            for place, strides, low in zip(places, form.strides, form.lows, strict=False)
-        }
         low, high = form.lows[0], form.lows[-1]
-        sound = not finite or _sound(flat.as_strided((n, high - low), (length, 1), origin + low))
+        whole_length = (form.length // form.kind.itemsize, 1)
+        rows = flat.as_strided((n, high - low), whole_length, flat.storage_offset() + low)
+        tensors = tree.unflatten(rows, form.slots)
+        sound = not finite or _sound(rows)
     else:
         tensors = {
             place.name: _stacked(matrix[:, start + place.start : start + place.stop], place)
@@ -176,14 +200,21 @@ def _heads(
 class _Form(NamedTuple):
     """What n messages of one schema and shape have in common, worked out once: where tensors
     begin, and the length. When all are aligned and of one type, also that `kind`; and in entries
-    where each of them begins (`lows`, the end last) and its strides."""
+    where each of them begins in the message (`lows`, the end last) and among the others."""
 
     start: int
     length: int
     offsets: Tensor
     kind: torch.dtype | None = None
     lows: tuple[int, ...] = ()
-    strides: tuple[tuple[int, ...], ...] = ()
+    slots: tree.Layout = ()
+
+
+@lru_cache(maxsize=256)
+def _alike(n: int, length: int) -> np.ndarray:
+    sizes = np.full(n, length)
+    sizes.flags.writeable = False
+    return sizes
 
 
 @lru_cache(maxsize=256)
@@ -205,11 +236,11 @@ def _form(schema: Schema, layout: Any, places: tuple[Place, ...], n: int) -> _Fo
         if kind in _WHOLE and start % kind.itemsize == length % kind.itemsize == 0:
             size = kind.itemsize
             lows = [(start + place.start) // size for place in places]
-            strides = [
-                (length // size, *torch.empty(place.shape, device="meta").stride())
+            slots = [
+                tree.Slot(place.name, place.start // size, place.stop // size, place.shape)
                 for place in places
             ]
-            found = found._replace(kind=kind, lows=(*lows, length // size), strides=tuple(strides))
+            found = found._replace(kind=kind, lows=(*lows, length // size), slots=tuple(slots))
         if places is schema.declared:
             schema.keep(key, found)
     return cast(_Form, found)
