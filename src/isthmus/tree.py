@@ -87,7 +87,8 @@ def weighted_mean(stacked: Mapping[str, Tensor], weights: Tensor) -> Tree:
     {'x': tensor([3.2500])}
     """
     if (matrix := rows(stacked)) is not None:
-        return unflatten(torch.mv(matrix.T, weights.to(matrix.dtype)), layout(stacked, stacked=True))
+        mean = torch.mv(matrix.T, weights.to(matrix.dtype))
+        return unflatten(mean, layout(stacked, stacked=True))
     out: Tree = {}
     for name, x in stacked.items():
         if weights.dtype != x.dtype:
@@ -119,8 +120,6 @@ def flatten_stacked(stacked: Mapping[str, Tensor]) -> Tensor:
 
 def unflatten(flat: Tensor, slots: Layout) -> Tree:
     """The inverse of `flatten` (`flat` is `[d]`) and of `flatten_stacked` (`[n, d]`); views."""
-    if not slots:
-        return {}
     lead = flat.shape[:-1]
     parts = flat.split_with_sizes([stop - start for _, start, stop, _ in slots], -1)
     return {
@@ -138,12 +137,13 @@ def rows(stacked: Mapping[str, Tensor]) -> Tensor | None:
     first: Tensor | None = None
     n = start = step = d = 0
     for x in stacked.values():
-        width = _width(x.shape, x.stride())
+        shape, strides = x.shape, x.stride()
         if first is None:
-            first, n, start, step = x, x.shape[0], x.data_ptr(), x.stride(0)
-        if width is None or x.dtype is not first.dtype or x.shape[0] != n:
+            first, n, start, step = x, shape[0], x.data_ptr(), strides[0]
+        elif x.data_ptr() != start + d * x.element_size() or x.dtype is not first.dtype:
             return None
-        if x.data_ptr() != start + d * x.element_size() or (x.stride(0) != step and n > 1):
+        width = _width(shape, strides)
+        if width is None or shape[0] != n or (strides[0] != step and n > 1):
             return None
         d += width
     if first is None or not n * d:
