@@ -135,6 +135,8 @@ def table_of(cohort: Cohort, ground: Ground) -> tuple[Tensor, Tensor]:
     whole[3], whole[4] = cohort.ranks, cohort.keys
     real = np.empty((3, len(cohort)))
     real[0], real[1], real[2] = ground.owned.sizes(cohort.clients), 0.0, cohort.lr
+    if ground.dtype == torch.float32:  # numpy's conversion of a few numbers costs less
+        return torch.from_numpy(whole), torch.from_numpy(real.astype(np.float32))
     return torch.from_numpy(whole), torch.from_numpy(real).to(ground.dtype)
 
 

@@ -87,7 +87,7 @@ class Path:
     guard: Guard = "raise"
     download: Codec = field(default_factory=Dense)
     axes: Axes = field(default_factory=dict)
-    _schemas: dict[Any, tuple[Schema, Template]] = field(default_factory=dict)
+    _schemas: dict[Any, tuple[Schema, Template, int]] = field(default_factory=dict)
 
     # -- down ---------------------------------------------------------------------------
 
@@ -104,12 +104,12 @@ class Path:
         payload = (
             Payload(stacked) if plain else self.download.encode_many(stacked, [key], declared=True)
         )
-        schema, template = self._schema("model", _MODEL, (), stacked, payload.tensors)
+        schema, template, values = self._schema("model", _MODEL, (), stacked, payload.tensors)
         parcel = encode_many(schema, {}, payload.tensors, session=round)
         _, tensors = decode_many(parcel, schema)
         got = tensors if plain else self.download.decode_many(Payload(tensors, {}, 1), template)
         arrived = _widened(tree.row(got, 0), sent)
-        return arrived, int(parcel.sizes[0]), _values(payload.tensors)
+        return arrived, int(parcel.sizes[0]), values
 
     # -- up -----------------------------------------------------------------------------
 
@@ -219,12 +219,12 @@ class Path:
             payload, after = self.feedback.step_many(tensors, own, before, declared=True)
             memory = {MEMORY + name: x for name, x in after.items()}
         fields: dict[str, list[float]] = {
-            "examples": [m.n_examples for m in some.meta],
+            "examples": [float(m.n_examples) for m in some.meta],
             "steps": [m.steps for m in some.meta],
         }
         if rank is not None:
             fields["rank"] = [rank] * len(some.meta)
-        schema, template = self._schema("update", _UPDATE, fields, tensors, payload.tensors)
+        schema, template, values = self._schema("update", _UPDATE, fields, tensors, payload.tensors)
         clients = [m.client for m in some.meta]
         parcel = encode_many(
             schema, fields, payload.tensors, session=some.meta[0].round, sequence=clients
@@ -237,8 +237,7 @@ class Path:
         if rank is not None:
             parted["values"] = _widened(parted["values"], wide)
         back = Updates(**cast(Any, parted), meta=some.meta)
-        values = np.full(len(rows), _values(payload.tensors) // max(1, len(rows)))
-        return back, parcel.sizes, values, memory
+        return back, parcel.sizes, np.full(len(rows), values), memory
 
     def pairs(self, changes: Tree) -> tuple[int, int]:
         """Bytes of the message that carries changes of the base, honest and of values alone.
@@ -252,14 +251,16 @@ class Path:
 
     def _schema(
         self, kind: str, number: int, fields: Iterable[str], plain: Tree, packed: Tree
-    ) -> tuple[Schema, Template]:
-        """The schema of messages with these packed tensors, and the template of the plain ones."""
+    ) -> tuple[Schema, Template, int]:
+        """The schema of messages with these packed tensors, the template of the plain ones, and
+        the bytes of the values in a message."""
         shapes = tuple([(name, x.dtype, x.shape[1:]) for name, x in plain.items()])
         found = self._schemas.get((kind, shapes))
         if found is None:
             template = {name: TensorSpec(x.dtype, tuple(x.shape[1:])) for name, x in plain.items()}
             declared = {name: FIELDS[name] for name in fields}
-            found = Schema.of_tree(kind, number, declared, tree.row(packed, 0)), template
+            one = tree.row(packed, 0)
+            found = Schema.of_tree(kind, number, declared, one), template, _values(one)
             self._schemas[kind, shapes] = found
         return found
 

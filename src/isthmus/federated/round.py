@@ -189,7 +189,7 @@ class Federation:
 
     def _work(self, cohort: Cohort, done: Done, begun: np.ndarray) -> np.ndarray:
         """Enter what each client computed; when each has finished."""
-        flops = done.gradients.numpy().astype(np.float64) * self.flops
+        flops = np.multiply(done.gradients.numpy(), self.flops, dtype=np.float64)
         if len(self.devices) == 1:
             spent = self.devices[0].spend(flops)
         else:
@@ -217,8 +217,7 @@ class Federation:
                 cohort.clients.tolist(), sizes, done.steps.tolist(), ranks, strict=True
             )
         ]
-        weight = np.array(sizes, dtype=np.float64)
-        share = weight / max(weight.sum(), 1.0)
+        share = np.array(sizes, dtype=np.float64) / max(sum(sizes), 1)
         loss = float(done.loss.numpy() @ share)
         aux = {name: float(x.numpy() @ share) for name, x in done.aux.items()}
         left = {**done.kept, **{name: x for name, x in kept.items() if name.startswith(MEMORY)}}
