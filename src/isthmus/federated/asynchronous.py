@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -172,7 +172,7 @@ class Asynchronous(Federation):
         gradients = 0.0
         for number, phase in enumerate(phases):
             keys = seeds.keys_of(cohort.keys, number)
-            plan = self.ground.plan(self.method, phase, replace(cohort, keys=keys))
+            plan = self.ground.plan(self.method, phase, cohort, keys)
             gradients += float((plan.weight > 0).sum()) * self.ground.cost.get(phase.name, 1.0)
         if any(phase.until is not None for phase in phases):
             gradients = self._compute([flight])

@@ -34,8 +34,12 @@ class Owned:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        return np.diff(self.starts)
+
     def sizes(self, clients: np.ndarray) -> np.ndarray:
-        return self.starts[clients + 1] - self.starts[clients]
+        return self._sizes[clients]
 
     def rows(self, client: int) -> np.ndarray:
         return self.order[self.starts[client] : self.starts[client + 1]]
@@ -130,20 +134,24 @@ class Ground:
         """The type in which the model computes."""
         return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
 
-    def plan(self, method: Method, phase: Phase, cohort: Cohort) -> Plan:
-        """The plans of a cohort `[n, T, b]`, pointing into the pool."""
+    def plan(
+        self, method: Method, phase: Phase, cohort: Cohort, keys: np.ndarray | None = None
+    ) -> Plan:
+        """The plans of a cohort `[n, T, b]`, pointing into the pool; `keys` (of the phase), if
+        given, stand in place of the cohort's own."""
+        keys = cohort.keys if keys is None else keys
         sizes = self.owned.sizes(cohort.clients)
         if phase.plans is not None:
-            plan = phase.plans(cohort.keys, sizes)
+            plan = phase.plans(keys, sizes)
         elif type(method).plan is Method.plan:
-            plan = method.local.plans(cohort.keys, sizes, cohort.steps)
+            plan = method.local.plans(keys, sizes, cohort.steps)
         else:
-            plan = _padded([self._own_plan(method, phase, cohort, i) for i in range(len(cohort))])
-        starts = self.owned.starts[cohort.clients]
-        flat = plan.index.numpy() + starts[:, None, None]
+            phased = replace(cohort, keys=keys)
+            plan = _padded([self._own_plan(method, phase, phased, i) for i in range(len(cohort))])
+        flat = plan.index.numpy() + self.owned.starts[cohort.clients][:, None, None]
         if not sizes.all():  # a client without items may point behind the last row
             flat = np.minimum(flat, len(self.owned.order) - 1)
-        return Plan(torch.from_numpy(self.owned.order[flat]), plan.weight.to(self.dtype))
+        return Plan(torch.from_numpy(self.owned.order.take(flat)), plan.weight.to(self.dtype))
 
     def _own_plan(self, method: Method, phase: Phase, cohort: Cohort, i: int) -> Plan:
         rows = torch.from_numpy(self.owned.rows(int(cohort.clients[i])))
@@ -162,8 +170,10 @@ def table_of(cohort: Cohort, ground: Ground) -> tuple[Tensor, Tensor]:
     whole = np.empty((5, len(cohort)), np.int64)
     whole[0], whole[1], whole[2] = cohort.clients, cohort.round, cohort.versions
     whole[3], whole[4] = cohort.ranks, cohort.keys
-    real = np.zeros((3, len(cohort)))
-    real[0], real[2] = ground.owned.sizes(cohort.clients), cohort.lr
+    real = np.empty((3, len(cohort)))
+    real[0], real[1], real[2] = ground.owned.sizes(cohort.clients), 0.0, cohort.lr
+    if ground.dtype == torch.float32:  # numpy's conversion of a few numbers costs less
+        return torch.from_numpy(whole), torch.from_numpy(real.astype(np.float32))
     return torch.from_numpy(whole), torch.from_numpy(real).to(ground.dtype)
 
 

@@ -15,6 +15,7 @@ from isthmus.contracts import Context, Meta, Updates
 from isthmus.errors import InputError
 from isthmus.federated.cohort import Cohort, Done, Executor, Ground
 from isthmus.federated.fleet import Fleet
+from isthmus.federated.masked import Masked
 from isthmus.federated.method import Known, Method, State
 from isthmus.federated.path import MEMORY, Path, Sent
 from isthmus.federated.store import ClientStore
@@ -22,7 +23,7 @@ from isthmus.learn.phase import Purpose
 from isthmus.tree import Tree
 from isthmus.wire.device import Device
 from isthmus.wire.ledger import Ledger
-from isthmus.wire.link import Attempts, Delivery, Link
+from isthmus.wire.link import Attempts, Delivery, Direction, Link
 
 SERVER = "server"
 
@@ -67,6 +68,7 @@ class Federation:
     round: int = 0
     now: float = 0.0
     deadline: float | None = None
+    masked: Masked | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
     names: Sequence[str] = ()
     _named: tuple[bytes, list[str]] = field(default_factory=lambda: (b"", list[str]()))
@@ -142,6 +144,8 @@ class Federation:
         )
         done = self.executor.run(self.method, self.ground, cohort)
         finished = self._work(cohort, done, arrival.done[here])
+        if self.masked is not None:
+            finished = np.maximum(finished, self._meet(clients, arrival.done[here], key))
         if not self.fleet.sure:
             back = ~self.fleet.vanishes(cohort.keys)
             if not back.all():
@@ -233,7 +237,7 @@ class Federation:
 
     def _work(self, cohort: Cohort, done: Done, begun: np.ndarray) -> np.ndarray:
         """Enter what each client computed; when each has finished."""
-        flops = done.gradients.numpy().astype(np.float64) * self.flops
+        flops = np.multiply(done.gradients.numpy(), self.flops, dtype=np.float64)
         spent = self.fleet.spend(cohort.clients, flops, cohort.keys)
         self.fleet.drain(cohort.clients, spent.joules)
         names = self.named(cohort.clients)
@@ -267,8 +271,7 @@ class Federation:
         if self.schedule.needs_loss:
             losses = np.nan_to_num(done.loss.double().numpy()).tolist()  # a diverged one is guarded
             updates.meta = [m._replace(loss=x) for m, x in zip(updates.meta, losses, strict=True)]
-        weight = np.array(sizes, dtype=np.float64)
-        share = weight / max(weight.sum(), 1.0)
+        share = np.array(sizes, dtype=np.float64) / max(sum(sizes), 1)
         loss = float(done.loss.numpy() @ share)
         aux = {name: float(x.numpy() @ share) for name, x in done.aux.items()}
         left = {**done.kept, **{name: x for name, x in kept.items() if name.startswith(MEMORY)}}
@@ -278,7 +281,11 @@ class Federation:
             self.now = float(finished.max())
             return Report(self.round, self.now, loss, aux, clients, clients, {})
         origin = partial(self.method.origin, self.state, cohort.downs[0], self.round)
-        sent = self.path.up(updates, left, cohort.keys, seeds.fold(key, 3), origin)
+        updates, events = self.path.protected(updates, cohort.keys, seeds.fold(key, 3), origin)
+        if self.masked is not None:
+            weights = self.masked.weights(self.method, updates.meta)
+            updates = self.masked.hide(updates, weights, cohort.keys)
+        sent = self.path.crossed(updates, left, cohort.keys, events)
         return self._upload(cohort, sent, finished, loss, aux, key, began)
 
     def _upload(
@@ -348,11 +355,64 @@ class Federation:
         key: int,
     ) -> Report:
         context = Context(self.round, key, {**self.extras, "down": down})
-        reduced, used = self.path.reduce(self.method, self.state, arrived, context)
+        if self.masked is not None:
+            self._unmasking(np.array(arrived.clients), key)
+            shapes = {f"delta/{name}": x.dtype for name, x in self.state["shared"].items()}
+            reduced, used = self.masked.reveal(arrived, shapes), arrived
+        else:
+            reduced, used = self.path.reduce(self.method, self.state, arrived, context)
         if "privacy" in reduced.diag:
             self.ledger.privacy(self.now, SERVER, reduced.diag["privacy"], self.round)
         self.state = self.method.server(self.state, reduced, used.meta)
         return Report(self.round, self.now, loss, aux, clients, used.clients, reduced.diag)
+
+    # -- secure aggregation -------------------------------------------------------------
+
+    def _meet(self, clients: np.ndarray, begun: np.ndarray, key: int) -> np.ndarray:
+        """Exchange keys and shares, while the clients train: when each has those of all."""
+        assert self.masked is not None  # only called with a mask
+        self.masked.meeting = meeting = self.masked.mask.meet(clients.tolist(), key)
+        ready = begun
+        for i, kind in enumerate(("keys", "shares")):
+            there = self._pass(clients, kind, meeting.up[i], "up", ready, seeds.fold(key, 20 + i))
+            all_there = np.full(len(clients), there.max())
+            down = meeting.down[i]
+            ready = self._pass(clients, kind, down, "down", all_there, seeds.fold(key, 30 + i))
+        return ready
+
+    def _unmasking(self, clients: np.ndarray, key: int) -> None:
+        """The survivors are told who they are, and give the shares that open the sum."""
+        assert self.masked is not None and self.masked.meeting is not None
+        up, down = self.masked.meeting.closing()
+        now = np.full(len(clients), self.now)
+        told = self._pass(clients, "survivors", down, "down", now, seeds.fold(key, 40))
+        given = self._pass(clients, "opening", up, "up", told, seeds.fold(key, 41))
+        self.now = float(given.max())
+
+    def _pass(
+        self, clients: np.ndarray, kind: str, size: int, way: Direction, now: np.ndarray, key: int
+    ) -> np.ndarray:
+        """A message of `size` bytes to or from each client, sent until it arrives; when it has."""
+        names = self.named(clients)
+        done, left = now, np.arange(len(clients))
+        while len(left):
+            some = self.link.send_many(
+                np.full(len(left), size), way, done[left], key=key, index=clients[left]
+            )
+            mine = [names[i] for i in left.tolist()]
+            some.enter(
+                self.ledger,
+                sender=mine if way == "up" else SERVER,
+                receiver=SERVER if way == "up" else mine,
+                kind=kind,
+                values=size,
+                round=self.round,
+                sequence=clients[left],
+            )
+            done = done.copy()
+            done[left] = some.done
+            left, key = left[~some.delivered], seeds.fold(key, 1)
+        return done
 
     # -- a checkpoint -------------------------------------------------------------------
 

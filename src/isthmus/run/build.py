@@ -24,8 +24,9 @@ from isthmus.federated.executors.sequential import Sequential
 from isthmus.federated.executors.vectorised import Vectorised
 from isthmus.federated.fleet import Fleet, hours, slowness
 from isthmus.federated.gossip import Gossip
+from isthmus.federated.masked import Masked
 from isthmus.federated.method import Known, Local, Method, Names
-from isthmus.federated.path import MEMORY, Path
+from isthmus.federated.path import MEMORY, Path, is_plain
 from isthmus.federated.round import Federation
 from isthmus.federated.store import ClientStore
 from isthmus.learn.graph import Mode
@@ -130,6 +131,7 @@ def build(
         seed=config.seed,
         flops=flops,
         deadline=config.deadline,
+        masked=_masked(config),
         lr=partial(_rate, cast(float, config.lr), config.lr_decay),
         state=method.init(tensors),
         ranks=_ranks(config, settings, method),
@@ -399,6 +401,14 @@ def _mechanism(config: Config) -> dict[str, Any]:
     return {"central": made}
 
 
+def _masked(config: Config) -> Masked | None:
+    if config.mask is None:
+        return None
+    if config.clip is None:
+        raise InputError("clip", None, "a bound with a mask: it is the scale that all share")
+    return Masked(pieces.make("mechanism", config.mask), config.clip)
+
+
 def _kinds(codec: Codec) -> Sequence[str]:
     if isinstance(codec, Chain):
         return [*_kinds(codec.first), *_kinds(codec.then)]
@@ -420,6 +430,8 @@ def _pieces(config: Config, method: Method, path: Path, schedule: Any) -> compat
     else:
         reducer = "mean" if config.reducer is None else "coordinate"
     kinds = dict.fromkeys(_kinds(path.codec))
+    if config.mask is not None and is_plain(path.codec):
+        kinds = {"integer-shared-scale": None}  # made by the mask itself
     sends = {"values"} if method.sends_values else {"delta"}
     told = {"scalars"} if getattr(schedule, "needs_loss", False) else set[str]()
     return compatibility.Pieces(
@@ -429,6 +441,8 @@ def _pieces(config: Config, method: Method, path: Path, schedule: Any) -> compat
         central_noise=path.central is not None,
         server=cast(Any, (*["selector"] * len(path.selectors), reducer)),
         attack=path.attack is not None,
+        mask=config.mask is not None,
+        individual=config.mask is not None and type(method).reduce is not Method.reduce,
         schedule=schedule.kind,
         backbone=getattr(method, "keeps_base", False),
         server_half=_server_half(type(method)),

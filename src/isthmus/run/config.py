@@ -71,6 +71,9 @@ class Config(BaseModel):
     privacy: Literal["none", "local", "central"] = Field(
         "none", description="Gaussian noise on each upload, or on their sum"
     )
+    mask: str | None = Field(
+        None, description="secure aggregation: secagg, with options: secagg:threshold=0.7,bits=16"
+    )
     noise: float = Field(0.0, ge=0.0, description="noise multiplier: standard deviation / clip")
     delta: float = Field(1e-5, gt=0.0, lt=1.0, description="delta of the reported epsilon")
     public: tuple[str, ...] = Field(

@@ -80,8 +80,8 @@ class Delivery(NamedTuple):
         (round, session, sequence) are scalars or one for each message.
         """
         common: dict[str, Any] = {"sender": sender, "receiver": receiver, **cells}
-        n = np.size(self.lost)
-        if np.ndim(self.lost) and not self.lost.any():
+        if isinstance(self.lost, np.ndarray) and not self.lost.any():
+            n = len(self.lost)
             ledger.later(
                 n, "crossing", kind=kind, t=self.sent, bytes=self.bytes, values=values,
                 seconds=self.seconds, joules=self.joules, note=note, **common,
@@ -204,7 +204,7 @@ class Link:
     def _sure(self, bytes: Any, direction: Direction, sent: Any) -> Delivery:
         """`send_many` where nothing can be lost: one transmission each."""
         index, none, arrived = _surely(len(bytes))
-        begin = sent + self.per_message
+        begin = sent + self.per_message if self.per_message else sent
         end = finish(self.rates[direction], 8 * bytes, begin)
         done = end + self.latency
         seconds, joules = done - sent, self._joules(direction, end - begin)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from isthmus import seeds
+from isthmus import seeds, tree
 from isthmus.contracts import Updates
 from isthmus.federated.cohort import Cohort, Done, Ground, fields_of, table_of
 from isthmus.federated.method import Method
@@ -20,7 +19,7 @@ from isthmus.learn.graph import Graphs, Mode, Nest
 from isthmus.learn.phase import Phase, Plan, Purpose, Visit
 from isthmus.learn.visit import (
     Whole,
-    keys_of_steps,
+    keys_within,
     short,
     stack_alike,
     vectorised,
@@ -95,7 +94,7 @@ class Vectorised:
         plans: list[Plan] = []
         for number, phase in enumerate(phases):
             keys = seeds.keys_of(cohort.keys, number)
-            plans.append(ground.plan(method, phase, replace(cohort, keys=keys)))
+            plans.append(ground.plan(method, phase, cohort, keys))
         return plans
 
     def _phases(
@@ -147,16 +146,11 @@ class Vectorised:
         apart: Tree,
     ) -> Done:
         """A visit of one short phase, from `start` to `finish`, as one recording."""
-        keys = seeds.keys_of(cohort.keys, 0)
-        live = plan.weight.numpy().max(-1) > 0
-        visit = _Visit(method, cohort.purpose, phase, ground.module, not live.all())
-        sequence = {
-            "index": plan.index,
-            "weight": plan.weight,
-            "key": keys_of_steps(keys, plan.index.shape[1]),
-            "live": torch.from_numpy(live),
-        }
-        out, grads = self.graphs.call(
+        uneven = not plan.weight.numpy()[..., 0].all()  # a step that does nothing is all padding
+        fused = self.graphs.mode == "compile"  # elsewhere it would cost a copy
+        cost = ground.cost.get(phase.name)
+        visit = _Visit(method, cohort.purpose, phase, ground.module, uneven, fused, cost)
+        out, _ = self.graphs.call(
             visit.tag,
             visit,
             {"whole": table[0], "real": table[1]},
@@ -165,7 +159,7 @@ class Vectorised:
             cohort.kept,
             ground.base,
             ground.columns,
-            sequence,
+            {"index": plan.index, "weight": plan.weight},
         )
         return Done(
             Updates(out["delta"], out["values"], out["buffers"], out["scalars"]),
@@ -174,7 +168,7 @@ class Vectorised:
             out["aux"],
             out["steps"],
             out["examples"],
-            out["examples"] * ground.cost.get(phase.name, grads),
+            out["gradients"],
         )
 
 
@@ -211,10 +205,18 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 class _Visit:
     def __init__(
-        self, method: Method, purpose: Purpose, phase: Phase, module: nn.Module, ragged: bool
+        self,
+        method: Method,
+        purpose: Purpose,
+        phase: Phase,
+        module: nn.Module,
+        uneven: bool,
+        joined: bool,
+        cost: float | None,
     ) -> None:
         self.start, self.finish = _Start(method, purpose), _Finish(method, purpose)
-        self.work = Whole(phase, module, ragged or phase.until is not None)
+        self.joined, self.cost = joined, cost
+        self.work = Whole(phase, module, uneven or phase.until is not None)
         self.tag = ("visit", self.start.tag, self.work.tag)
 
     def __call__(
@@ -226,15 +228,23 @@ class _Visit:
         base: Tree,
         columns: Tree,
         sequence: Tree,
-    ) -> tuple[Nest, int]:
+    ) -> tuple[Nest, None]:
         fields = fields_of(**table)
         begun, _ = self.start(fields, alike, apart, kept)
-        lr = fields["lr"][0]
+        lr, weight = fields["lr"][0], sequence["weight"]
+        keys = seeds.fold(fields["key"], 0)  # of the first phase, and the only one
+        sequence = {
+            **sequence,
+            "key": keys_within(keys, weight.shape[1]),
+            "live": weight.amax(-1) > 0,
+        }
         work, grads = self.work(base, begun["params"], begun["carry"], columns, sequence, lr)
         fields = {**fields, "steps": work["steps"]}
         out, _ = self.finish(fields, work["params"], alike, apart, work["carry"], kept)
+        out = _side_by_side(out) if self.joined else out
         sums = {name: work[name] for name in ("loss", "aux", "steps", "examples")}
-        return {**out, **sums}, grads
+        each = grads if self.cost is None else self.cost
+        return {**out, **sums, "gradients": work["examples"] * each}, None
 
 
 class _Start:
@@ -273,6 +283,22 @@ class _Finish:
             }
 
         return torch.vmap(finish)(fields, params, apart, carry, kept), None
+
+
+def _side_by_side(out: Nest) -> Nest:
+    """What `_Finish` gives, with all that is sent in one piece of memory (see `tree.rows`)."""
+    held = [(part, name) for part in _SENT for name in out[part]]
+    sent = {str(i): out[part][name] for i, (part, name) in enumerate(held)}
+    if len({x.dtype for x in sent.values()}) != 1:
+        return out
+    views = tree.unflatten(tree.flatten_stacked(sent), tree.layout(sent, stacked=True))
+    parts: dict[str, Tree] = {part: {} for part in _SENT}
+    for (part, name), x in zip(held, views.values(), strict=True):
+        parts[part][name] = x
+    return {**out, **parts}
+
+
+_SENT = ("delta", "values", "buffers", "scalars")
 
 
 def _downloads(downs: Sequence[Tree]) -> tuple[Tree, Tree]:
