@@ -1,8 +1,8 @@
 """FedOpt: the server treats the mean update as a gradient and steps with momentum.
 
 Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar, McMahan, "Adaptive federated
-optimization", ICLR 2021, algorithm 2 (FedAdagrad, FedAdam, FedYogi); FedAvgM: Hsu, Qi, Brown, "Measuring
-the effects of non-identical data distribution for federated visual classification",
+optimization", ICLR 2021, algorithm 2 (FedAdagrad, FedAdam, FedYogi); FedAvgM: Hsu, Qi, Brown,
+"Measuring the effects of non-identical data distribution for federated visual classification",
 arXiv 1909.06335. Claim: faster and better convergence than FedAvg on heterogeneous clients.
 
     D = sum_i w_i (w_i - w)

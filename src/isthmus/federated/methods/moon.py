@@ -17,9 +17,8 @@ with `features` and `head` will do). The two further passes forward are not coun
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
@@ -69,13 +68,9 @@ class Moon(Method):
         value, aux = super().loss(model, batch, carry)
         if "x" not in batch.columns:
             raise InputError("task", "no column x", "inputs in one column x with method moon")
+        others = [bind(model, carry[name], batch.key) for name in ("global", "last")]
         z, z_g, z_p = (
-            seen.features(batch.columns["x"]).flatten(1)
-            for seen in (
-                model,
-                bind(model, carry["global"], batch.key),
-                bind(model, carry["last"], batch.key),
-            )
+            cast(Any, seen).features(batch.columns["x"]).flatten(1) for seen in (model, *others)
         )
         each = contrast(z, z_g, z_p, self.knobs.tau)
         return value + self.knobs.mu * weighted_mean(each, batch.weight), aux
@@ -90,7 +85,7 @@ class Moon(Method):
 def contrast(z: Tensor, z_g: Tensor, z_p: Tensor, tau: float) -> Tensor:
     """The contrast of each item, `[b]`, of features `[b, d]`.
 
-    >>> z = torch.tensor([[1.0, 0.0]])
+    >>> z = Tensor([[1.0, 0.0]])
     >>> contrast(z, z, z, 0.5)  # log 2
     tensor([0.6931])
     """

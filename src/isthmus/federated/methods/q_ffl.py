@@ -4,7 +4,8 @@ Li, Sanjabi, Beirami, Smith, "Fair resource allocation in federated learning", I
 algorithm 2. Claim: a more even accuracy over the clients than FedAvg's at the same mean.
 
     goal:    min_w  sum_i F_i(w)^(q+1) / (q + 1)
-    client:  D_i = L (w - w_i),  L = 1 / lr;  send  F_i^q D_i  and  h_i = q F_i^(q-1) |D_i|^2 + L F_i^q
+    client:  D_i = L (w - w_i),  L = 1 / lr;  h_i = q F_i^(q-1) |D_i|^2 + L F_i^q
+             send F_i^q D_i and h_i
     server:  w <- w - sum_i F_i^q D_i / sum_i h_i
 
 F_i is the loss of w over all items of the client. Both sums are divided by L and n here, which
