@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isthmus.federated.method import Data, Method
+from isthmus.federated.method import Method
 from isthmus.learn import plan as plans
 from isthmus.learn.phase import Carry, Grad, Opt, Phase, Plan, Visit
 from isthmus.tasks.contract import Batch
@@ -31,16 +31,10 @@ class Measured(Method):
 
     def phases(self, purpose: str) -> list[Phase]:
         phases = super().phases(purpose)
-        if purpose == "score":
+        if purpose != "train":
             return phases
         rule, names = self.local.optimiser, self.names.trainable
-        return [*phases, Phase("measure", names, self.loss, rule, self.measure)]
-
-    def plan(self, phase: Phase, visit: Visit, data: Data, kept: Tree) -> Plan:
-        if phase.name != "measure":
-            return super().plan(phase, visit, data, kept)
-        whole = plans.full_batch_many(np.array([len(next(iter(data.columns.values())))]), 1)
-        return Plan(whole.index[0], whole.weight[0])
+        return [*phases, Phase("measure", names, self.loss, rule, self.measure, plans=all_at_once)]
 
     def loss(self, model: Any, batch: Batch, carry: Carry) -> tuple[Tensor, dict[str, Tensor]]:
         value, aux = super().loss(model, batch, carry)
@@ -52,3 +46,8 @@ class Measured(Method):
         """Look at w, and leave everything as it is."""
         _, aux = grad(carry["w"])
         return params, opt, {**carry, "F": aux["F"]}
+
+
+def all_at_once(keys: np.ndarray, sizes: np.ndarray) -> Plan:
+    """One batch of everything that a client holds."""
+    return plans.full_batch_many(sizes, 1)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from isthmus.contracts import Meta
 from isthmus.errors import InputError
-from isthmus.federated.method import Names
-from isthmus.models.optim import Optimiser
+from isthmus.federated.method import Method, Names
 from isthmus.tree import Tree
 
 
@@ -25,11 +24,13 @@ def moving(names: Names) -> list[str]:
     return [name for name in names.trainable if name in shared]
 
 
-def plain_sgd(rule: Optimiser, method: str) -> None:
+def plain_sgd(method: Method) -> None:
     """Raise `InputError` unless a step is `w - lr g`, on which the method's algebra stands."""
+    rule = method.local.optimiser
     if rule.name != "sgd" or rule.init({"x": torch.zeros(1)}):
         given = rule.name if rule.name != "sgd" else "sgd with momentum"
-        raise InputError("optimiser", given, f"plain sgd with method {method}")
+        name = getattr(type(method), "catalogue_name", type(method).__name__)
+        raise InputError("optimiser", given, f"plain sgd with method {name}")
 
 
 def norm(tensors: Mapping[str, Tensor]) -> Tensor:

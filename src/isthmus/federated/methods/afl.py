@@ -40,7 +40,7 @@ class Settings(Knobs):
 
 @catalogue.register("afl", place="method", status="verified")
 class AFL(Measured):
-    """Overrides D, S, F, B, L (to measure F_i), U, W, V."""
+    """Overrides D, S, F, L (to measure F_i), U, W, V."""
 
     Settings = Settings
 

@@ -47,7 +47,7 @@ class FedCM(Method):
     Settings: ClassVar[type[Knobs]] = Settings
 
     def __post_init__(self) -> None:
-        plain_sgd(self.local.optimiser, getattr(type(self), "catalogue_name", "fedcm"))
+        plain_sgd(self)
 
     @property
     def share(self) -> float:

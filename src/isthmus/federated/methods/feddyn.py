@@ -47,7 +47,7 @@ class FedDyn(Method):
     Settings: ClassVar[type[Knobs]] = Settings
 
     def __post_init__(self) -> None:
-        plain_sgd(self.local.optimiser, getattr(type(self), "catalogue_name", "feddyn"))
+        plain_sgd(self)
 
     @property
     def strength(self) -> float:

@@ -30,7 +30,7 @@ class FedNova(Method):
     """Overrides U and V."""
 
     def __post_init__(self) -> None:
-        plain_sgd(self.local.optimiser, "fednova")
+        plain_sgd(self)
 
     def finish(
         self, visit: Visit, params: Tree, down: Tree, carry: Carry, kept: Tree

@@ -12,7 +12,7 @@ first visit in the first round z_g = z_p, so that l = log 2 and pulls nowhere.
 
 The paper puts a projection head of two layers between features and classes; here z is what
 `model.features` gives, flattened, and the classes' head follows it (reconstructed: any model
-with `features` and `head` will do). The two further passes forward are not counted as work.
+with `features` and `head` will do).
 """
 
 from __future__ import annotations

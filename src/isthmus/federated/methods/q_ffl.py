@@ -39,12 +39,12 @@ class Settings(Knobs):
 
 @catalogue.register("q-ffl", place="method", status="verified")
 class QFFL(Measured):
-    """Overrides S, F, B, L (all to measure F_i), U, W, V."""
+    """Overrides S, F, L (all to measure F_i), U, W, V."""
 
     Settings = Settings
 
     def __post_init__(self) -> None:
-        plain_sgd(self.local.optimiser, "q-ffl")
+        plain_sgd(self)
 
     def finish(
         self, visit: Visit, params: Tree, down: Tree, carry: Carry, kept: Tree

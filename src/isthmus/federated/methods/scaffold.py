@@ -34,7 +34,7 @@ class Scaffold(Method):
     """Overrides D, S, P, U, W, V. The model is averaged evenly over the participants."""
 
     def __post_init__(self) -> None:
-        plain_sgd(self.local.optimiser, "scaffold")
+        plain_sgd(self)
 
     @property
     def controlled(self) -> list[str]:
@@ -56,10 +56,14 @@ class Scaffold(Method):
         x, _ = super().start(visit, down, kept)
         return x, {"c - c_i": {n: down[C + n] - kept[C + n] for n in self.controlled}}
 
+    def slope(self, grad: Grad, y: Tree) -> Tree:
+        """The gradient of the client's loss that a step takes."""
+        return grad(y)[0]
+
     def step(
         self, grad: Grad, params: Tree, opt: Opt, carry: Carry, batch: Batch
     ) -> tuple[Tree, Opt, Carry]:
-        g, _ = grad(params)
+        g = self.slope(grad, params)
         params, opt = opt.update({**g, **tree.add(carry["c - c_i"], g)}, params)
         return params, opt, carry
 
