@@ -38,7 +38,9 @@ def norm(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([x.square().sum() for x in tensors.values()]).sum().sqrt()
 
 
-def uphill(params: Tree, along: Mapping[str, Tensor], rho: float, eps: float = 1e-12) -> Tree:
+def uphill(
+    params: Tree, along: Mapping[str, Tensor], rho: float | Tensor, eps: float = 1e-12
+) -> Tree:
     """`params` moved by a vector of length rho along `along`; other names stay.
 
     The step of sharpness-aware minimisation (Foret et al., ICLR 2021, equation 2).

@@ -11,7 +11,7 @@ from isthmus import tree
 from isthmus.errors import InputError
 
 
-@pytest.mark.parametrize("steps", [1, 10, 50])
+@pytest.mark.parametrize("steps", [1, 10, pytest.param(50, marks=pytest.mark.slow)])
 def test_parabolas_are_solved_exactly(steps: int) -> None:
     task, a, b = hand.quadratics()
     keys = {"lr": 0.2, "steps": steps, "executor": "vectorised", "compile": "trace"}

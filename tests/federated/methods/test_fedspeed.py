@@ -89,7 +89,7 @@ def test_a_step_comes_back_to_where_it_was() -> None:
     assert tree.equal(hand.shared(fed), hand.initial())
 
 
-@pytest.mark.parametrize("steps", [1, 10, 50])
+@pytest.mark.parametrize("steps", [1, 10, pytest.param(50, marks=pytest.mark.slow)])
 def test_parabolas_are_solved_exactly(steps: int) -> None:
     """Everyone in every round: no error and no sum of duals; FedAvg is off as soon as K > 1."""
     task, a, b = hand.quadratics()
