@@ -79,7 +79,7 @@ def test_executors_agree_while_the_set_is_used() -> None:
     keys = {"cohort": 3, "settings": FEW}
     task = tiny.task((3, 16, 1, 7), dropout=0.3)
     one = tiny.play("fedsynsam", task, 4, **keys)
-    many = tiny.play("fedsynsam", task, 4, executor="vectorised", compile="trace", **keys)
+    many = tiny.play("fedsynsam", task, 4, executor="vectorised", **keys)
     assert tiny.apart(tiny.state(one), tiny.state(many)) < 1e-9
 
 

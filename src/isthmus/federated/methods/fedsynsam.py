@@ -61,7 +61,7 @@ class Synthetic(nn.Module):
         self.register_buffer("asked", torch.zeros((), dtype=dtype))
 
 
-@catalogue.register("fedsynsam", place="method", status="reconstructed")
+@catalogue.register("fedsynsam", place="method", status="miniature")
 class FedSynSAM(Distilled):
     """Overrides L, P, W, V, and what is part of the base."""
 
