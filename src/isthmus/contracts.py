@@ -24,6 +24,7 @@ class Meta(NamedTuple):
     n_examples: float
     steps: int = 0
     rank: int | None = None
+    loss: float | None = None
 
 
 @dataclass

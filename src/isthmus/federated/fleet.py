@@ -18,6 +18,8 @@ from isthmus.errors import InputError
 from isthmus.wire.device import Device, Spent, spend_each
 
 HOUR = 3600.0
+SLACK = 1e-3
+"""Seconds by which a device may be early, so that rounding cannot make it miss its own hour."""
 
 
 @dataclass
@@ -73,7 +75,7 @@ class Fleet:
         there = np.ones(self.population, bool)
         if self.awake is not None:
             window, period = self.awake
-            there &= np.mod(now - self._opens, period) < window
+            there &= np.mod(now - self._opens + SLACK, period) < window
         if self.battery is not None:
             there &= self.spent < self.battery
         return there
@@ -88,8 +90,9 @@ class Fleet:
         if self.awake is None:
             return now
         window, period = self.awake
-        since = np.mod(now - self._opens[wanted], period)
-        return float(np.where(since < window, now, now - since + period).min())
+        later = now - np.mod(now - self._opens[wanted], period) + period
+        there = np.mod(now - self._opens[wanted] + SLACK, period) < window
+        return float(np.where(there, now, later).min())
 
     def vanishes(self, keys: np.ndarray) -> np.ndarray:
         """Who of these visits does not come back: bool `[n]`."""

@@ -49,6 +49,7 @@ FIELDS = {
     "examples": Field("f64", low=0.0),
     "steps": Field("u32"),
     "rank": Field("u16"),
+    "loss": Field("f64"),
 }
 """What an update may declare; its session is the round and its sequence the client."""
 
@@ -126,6 +127,13 @@ class Path:
         `kept` is what the clients keep, stacked; the codec's memory is added to it. `origin()`
         gives the tensors from which `values` are measured where a change is bounded or noised.
         """
+        updates, events = self.protected(updates, keys, key, origin)
+        return self.crossed(updates, kept, keys, events)
+
+    def protected(
+        self, updates: Updates, keys: np.ndarray, key: int, origin: Callable[[], Tree] = dict
+    ) -> tuple[Updates, list[dict[str, Any]]]:
+        """Clip and local noise, and the attack, which skips both; the events for the ledger."""
         honest = updates
         events: list[dict[str, Any]] = []
         if self.clip is not None:
@@ -141,6 +149,12 @@ class Path:
             updates = _over(updates, noise, origin())
         if self.attack is not None:
             updates = self._attacked(honest, updates, key)
+        return updates, events
+
+    def crossed(
+        self, updates: Updates, kept: Tree, keys: np.ndarray, events: list[dict[str, Any]]
+    ) -> Sent:
+        """Codec, bytes, decoding: what the far side has of these uploads."""
         if self.guard == "raise" or _plain(self.codec):
             return self._cross(updates, kept, keys, events)
         return self._cross_sound(updates, kept, keys, events)
@@ -224,6 +238,8 @@ class Path:
         }
         if rank is not None:
             fields["rank"] = [rank] * len(some.meta)
+        if some.meta[0].loss is not None:  # a selection of clients asks for it
+            fields["loss"] = [m.loss or 0.0 for m in some.meta]
         schema, template = self._schema("update", _UPDATE, fields, tensors, payload.tensors)
         clients = [m.client for m in some.meta]
         parcel = encode_many(

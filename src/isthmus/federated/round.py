@@ -82,6 +82,22 @@ class Federation:
             self._named = (wanted, names)
         return names
 
+    @property
+    def apart(self) -> bool:
+        """True when each client is sent a model of its own."""
+        return self.method.personal_download
+
+    def downloads(self, clients: np.ndarray) -> list[Tree]:
+        """What each of these clients would be sent now; one object where it is the same."""
+        made: dict[int, Tree] = {}
+        ranks = self.ranks[clients].tolist()
+        slots = clients.tolist() if self.apart else ranks
+        for slot, client, rank in zip(slots, clients.tolist(), ranks, strict=True):
+            if slot not in made:
+                known = Known(client, rank, int(self.versions[client]))
+                made[slot] = self.method.send(self.state, known)
+        return [made[slot] for slot in slots]
+
     def step(self) -> Report:
         """Play one round; before the first one, the warm-up of a method that has one."""
         if self.round == 0 and self.method.phases("warm-up"):
@@ -248,6 +264,9 @@ class Federation:
                 cohort.clients.tolist(), sizes, done.steps.tolist(), ranks, strict=True
             )
         ]
+        if self.schedule.needs_loss:
+            losses = np.nan_to_num(done.loss.double().numpy()).tolist()  # a diverged one is guarded
+            updates.meta = [m._replace(loss=x) for m, x in zip(updates.meta, losses, strict=True)]
         weight = np.array(sizes, dtype=np.float64)
         share = weight / max(weight.sum(), 1.0)
         loss = float(done.loss.numpy() @ share)
@@ -304,6 +323,10 @@ class Federation:
             for name in names:
                 self.ledger.privacy(self.now, name, event, self.round)
         arrived, kept, who = sent.updates, sent.kept, cohort.clients
+        if self.schedule.needs_loss:
+            here = np.flatnonzero(delivery.delivered)
+            losses = np.array([arrived.meta[i].loss for i in here.tolist()])
+            self.schedule.seen(self.round, senders[here], losses, delivery.done[here] - began)
         if not delivery.delivered.all():
             arrived = arrived.take(np.flatnonzero(delivery.delivered).tolist())
         if len(arrived) < len(cohort):

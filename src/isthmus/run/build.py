@@ -23,6 +23,7 @@ from isthmus.federated.cohort import Executor, Ground, Owned
 from isthmus.federated.executors.sequential import Sequential
 from isthmus.federated.executors.vectorised import Vectorised
 from isthmus.federated.fleet import Fleet, hours, slowness
+from isthmus.federated.gossip import Gossip
 from isthmus.federated.method import Known, Local, Method, Names
 from isthmus.federated.path import MEMORY, Path
 from isthmus.federated.round import Federation
@@ -108,8 +109,8 @@ def build(
     if config.reducer is not None:
         method.reducer = pieces.make("reducer", config.reducer)
     path = _path(config, method)
-    schedule = _schedule(config)
-    compatibility.refuse(_pieces(config, method, path, schedule.kind))
+    schedule = _schedule(config, task, clients)
+    compatibility.refuse(_pieces(config, method, path, schedule))
     base = {name: tensors[name] for name in tensors if name in _base_names(named)}
     kept = method.keep(tensors)
     if path.feedback is not None:
@@ -140,11 +141,15 @@ def build(
     return Built(config, task, splits, federation, module, clients)
 
 
-ENGINES: dict[str, type[Federation]] = {"sync": Federation, "async": Asynchronous}
+ENGINES: dict[str, type[Federation]] = {
+    "sync": Federation,
+    "async": Asynchronous,
+    "gossip": Gossip,
+}
 """Who plays a schedule, by its kind."""
 
 
-def _schedule(config: Config) -> Any:
+def _schedule(config: Config, task: Task, clients: Clients) -> Any:
     """The schedule with what it needs of the run."""
     made = pieces.make(
         "schedule",
@@ -153,13 +158,30 @@ def _schedule(config: Config) -> Any:
         cohort=config.cohort or config.clients,
         seed=config.seed,
         sampling=config.sampling,
+        histograms=_histograms(task, clients),
     )
-    if made.kind != "sync":
-        for name in ("sampling", "deadline"):
-            if getattr(config, name) != Config.model_fields[name].default:
-                allowed = f"the default with schedule {config.schedule}, which has no rounds"
-                raise InputError(name, getattr(config, name), allowed)
+    gone = {"sync": (), "async": ("sampling", "deadline"), "gossip": UNSERVED}[made.kind]
+    for name in gone:
+        if getattr(config, name) != Config.model_fields[name].default:
+            allowed = f"the default with schedule {config.schedule}"
+            raise InputError(name, getattr(config, name), allowed)
+    if made.kind == "gossip" and config.cohort != config.clients:
+        allowed = f"all {config.clients} with schedule {config.schedule}"
+        raise InputError("cohort", config.cohort, allowed)
     return made
+
+
+UNSERVED = ("sampling", "deadline", "dropout", "awake", "battery")
+"""Settings that have no meaning where all peers take part in every round."""
+
+
+def _histograms(task: Task, clients: Clients) -> np.ndarray:
+    """How many items of each class every client has `[n, classes]`; one class without labels."""
+    labels = task.labels(clients.train)
+    if labels is None:
+        labels = np.zeros(len(clients.train), np.int64)
+    classes = int(labels.max(initial=0)) + 1
+    return np.stack([np.bincount(labels[part], minlength=classes) for part in clients.parts])
 
 
 def _fleet(config: Config) -> Fleet:
@@ -387,7 +409,7 @@ def _kinds(codec: Codec) -> Sequence[str]:
     return ["real"] if codec.floats and not isinstance(codec, Sign) else ["discrete"]
 
 
-def _pieces(config: Config, method: Method, path: Path, schedule: str) -> compatibility.Pieces:
+def _pieces(config: Config, method: Method, path: Path, schedule: Any) -> compatibility.Pieces:
     """What this configuration puts on the path, in the words of the rules."""
     if method.stacks:
         reducer = "stack"
@@ -401,6 +423,7 @@ def _pieces(config: Config, method: Method, path: Path, schedule: str) -> compat
         reducer = "mean" if config.reducer is None else "coordinate"
     kinds = dict.fromkeys(_kinds(path.codec))
     sends = {"values"} if method.sends_values else {"delta"}
+    told = {"scalars"} if getattr(schedule, "needs_loss", False) else set[str]()
     return compatibility.Pieces(
         codec=cast(Any, ("sparse",) if "sparse" in kinds else tuple(kinds)),
         clip=config.clip is not None,
@@ -408,15 +431,22 @@ def _pieces(config: Config, method: Method, path: Path, schedule: str) -> compat
         central_noise=path.central is not None,
         server=cast(Any, (*["selector"] * len(path.selectors), reducer)),
         attack=path.attack is not None,
-        schedule=cast(Any, schedule),
+        schedule=schedule.kind,
         backbone=getattr(method, "keeps_base", False),
+        server_half=_server_half(type(method)),
         executor=config.executor,
         weights="fixed" if path.central is not None else "examples",
-        sends=frozenset(cast(Any, sends)),
+        sends=frozenset(cast(Any, sends | told)),
         covered=frozenset(cast(Any, sends)) if config.privacy != "none" else frozenset(),
         public=frozenset(cast(Any, config.public)),
         vectorise=method.vectorise,
     )
+
+
+def _server_half(kind: type[Method]) -> bool:
+    """True when the server does more than add the mean change to one model."""
+    hooks = ("init", "send", "reduce", "server", "served", "base")
+    return any(getattr(kind, hook) is not getattr(Method, hook) for hook in hooks)
 
 
 def _flops(stage: Stage, module: nn.Module, tensors: Tree, named: Names, items: Items) -> float:

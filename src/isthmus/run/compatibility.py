@@ -36,7 +36,8 @@ class Pieces:
     sends, covered, public: fields that go up, that the privacy mechanism noises, and that are
     declared public. running_statistics: batch statistics are among the buffers that go up.
     individual: the method's server half reads single uploads. backbone: it changes the frozen
-    weights that all clients share. vectorise: the method can be.
+    weights that all clients share. server_half: its server does more than add a mean.
+    vectorise: the method can be.
     """
 
     codec: tuple[Codec, ...] = ("real",)
@@ -55,6 +56,7 @@ class Pieces:
     running_statistics: bool = False
     individual: bool = False
     backbone: bool = False
+    server_half: bool = False
     vectorise: bool = True
 
     def words(self) -> frozenset[str]:
@@ -73,6 +75,7 @@ class Pieces:
             ("selector", "selector" in self.server),
             ("method with individual uploads", self.individual),
             ("method that changes the backbone", self.backbone),
+            ("method with a server of its own", self.server_half),
             ("method that is not vectorised", not self.vectorise),
             ("several codecs", len(self.codec) > 1),
         ):
@@ -205,6 +208,9 @@ RULES: tuple[Rule, ...] = (
         False,
         "visits under way would stand on another backbone than they were sent",
     ),
+    Rule("gossip schedule", "method with a server of its own", False, "there is no server"),
+    Rule("gossip schedule", "stack reducer", False, "there is no server to keep uploads"),
+    Rule("gossip schedule", "coordinate reducer", True, "each receiver runs it on what it got"),
     Rule("async schedule", "stack reducer", True, "each client has a model of its own"),
     # How visits are executed.
     Rule("vectorised executor", "method that is not vectorised", False, "the method says why"),

@@ -42,6 +42,7 @@ class Sync:
             raise InputError("cohort", self.cohort, f"1 to {self.population} (the clients)")
 
     kind: ClassVar[str] = "sync"
+    needs_loss: ClassVar[bool] = False
 
     def clients(self, round: int, among: np.ndarray | None = None) -> np.ndarray:
         """The clients of a round, int64, in rising order; `among` says who can be reached."""
