@@ -13,12 +13,11 @@ mixture. Mean cosines of three seeds. The premise is the top eigenvalue of the H
 training loss after the 20 rounds, with and without compression. Final accuracies are not
 compared: at this size they differ by little whatever is done.
 
-Thresholds are about half of the mean gaps of four seeds (local 0.14, last update -0.10, synthetic
-0.41, half mix 0.35; uncompressed, of five, 0.16, -0.24, 0.43, 0.39): the synthetic direction is
-0.27 above the local one (0.41, 0.00, 0.29 and 0.35) and 0.51 above the last update, the mixture
-0.21 above the local one. How well one small set does depends on the seed: on one of them it was
-no better than a batch. The eigenvalue rose on all four seeds, by 3 to 12 %, and is reported
-without being asked for.
+Thresholds are about half of the mean gaps of five seeds (local 0.14, last update -0.10, synthetic
+0.40, half mix 0.35; uncompressed 0.16, -0.24, 0.43, 0.39): the synthetic direction is 0.27 above
+the local one (0.41, 0.00, 0.29, 0.35 and 0.26), 0.51 above the last update, and the mixture 0.21
+above the local one. How much one small set sees depends on the seed: on one of the five it was
+no better than a batch. The eigenvalue rose by 9 % (3 to 12 on each of the five), 4 % are asked.
 """
 
 from __future__ import annotations
@@ -88,8 +87,8 @@ def claim(progress: Progress) -> list[Check]:
         Check(
             "compression sharpens the loss",
             "sharper landscape, most with unlike clients",
-            f"top eigenvalue {sharp:.2f}, uncompressed {mean(plain):.2f} (reported alone)",
-            True,
+            f"top eigenvalue {sharp:.2f}, uncompressed {mean(plain):.2f} (4 % more asked)",
+            sharp >= 1.04 * mean(plain),
         ),
     ]
 
@@ -132,7 +131,8 @@ def look(codec: str, seed: int) -> Seen:
             seen += [at(fed, w, before, int(c)) for c in fed.schedule.clients(fed.round + 1)]
         before = w
         fed.step()
-    return Seen(*(mean(column) for column in zip(*seen, strict=True)), sharp)
+    local, last, synthetic, half = (mean(column) for column in zip(*seen, strict=True))
+    return Seen(local, last, synthetic, half, sharp)
 
 
 def at(fed: Federation, w: Tree, before: Tree, client: int) -> list[float]:
