@@ -93,6 +93,8 @@ def build(
     if issubclass(kind, LoraMethod):
         module, more["places"] = _adapted(module, settings, config)
     freeze_statistics(module)
+    if "module" in kind.__dataclass_fields__:  # a server that trains knows the network
+        more["module"] = module
     config = _resolved(config, stage, kind, module)
     tensors = {name: x.clone() for name, x in tensors_of(module).items()}
     named = _names(kind, stage, module, tensors, more.get("places"))
