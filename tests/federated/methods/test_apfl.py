@@ -50,7 +50,7 @@ def test_by_hand() -> None:
         kept = tiny.kept(fed)
         assert tiny.apart(fed.state["shared"], w) < 1e-12
         assert tiny.apart({n: kept[own(n)] for n in w}, tree.stack(owns)) < 1e-12
-        torch.testing.assert_close(kept["apfl_alpha"], torch.tensor(alphas).double())
+        torch.testing.assert_close(kept["apfl_alpha"], torch.tensor(alphas, dtype=torch.float64))
     assert max(alphas) - min(alphas) > 0.01
     x = fed.ground.columns["x"][:5]
     for i, tensors in enumerate(by_hand.each(fed)):
