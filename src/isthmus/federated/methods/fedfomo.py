@@ -12,7 +12,8 @@ differ from what they train on, with no global model.
 
 theta_i is the client's own model, which it keeps. Its validation items are every s-th of its items,
 and are not trained on; s = 0 weighs on the training items. Which M are tried depends on client and
-round alone (reconstructed). eps stays as it is; the paper lets it decay.
+round alone (reconstructed). eps stays as it is; the paper lets it decay. A model at a distance of
+rounding weighs nothing.
 """
 
 from __future__ import annotations
@@ -137,7 +138,10 @@ class FedFomo(Rows):
         gaps = {name: x[1:] - x[:1] for name, x in models.items()}
         distance = tree.flatten_stacked(gaps).square().sum(1).sqrt()
         gain = (losses[0] - losses[1:]) / items
-        w = torch.where(distance > 0, gain / distance.clamp_min(1e-30), 0.0)
+        size = tree.flatten({name: x[0] for name, x in models.items()}).square().sum().sqrt()
+        # Of a model that is the same but for rounding the quotient would be noise.
+        least = torch.finfo(distance.dtype).eps ** 0.5 * size
+        w = torch.where(distance > least, gain / distance.clamp_min(1e-30), 0.0)
         better = w.clamp_min(0.0)
         total = better.sum()
         share = better / torch.where(total > 0, total, torch.ones_like(total))
