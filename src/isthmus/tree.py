@@ -68,6 +68,11 @@ def stack(trees: Sequence[Mapping[str, Tensor]]) -> Tree:
     return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
 
 
+def cat(stacked: Sequence[Mapping[str, Tensor]]) -> Tree:
+    """Stacked trees of equal names, one behind the other: `[n_1 + n_2 + ..., *shape]`."""
+    return {name: torch.cat([part[name] for part in stacked]) for name in stacked[0]}
+
+
 def unstack(stacked: Mapping[str, Tensor]) -> list[Tree]:
     """One stacked tree -> the list of its n trees (views)."""
     n = next(iter(stacked.values())).shape[0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol, cast
 
@@ -46,21 +46,39 @@ class Cohort:
     """n clients about to work: who, from what, with which keys.
 
     `downs` are the decoded downloads, one object for all that were sent the same. `kept` is
-    stacked `[n, ...]`.
+    stacked `[n, ...]`. `steps` `[n]` is how many updates each is told to take, where a schedule
+    tells them.
     """
 
     clients: np.ndarray
     keys: np.ndarray
     ranks: np.ndarray
     versions: np.ndarray
-    round: int
+    round: int | np.ndarray
     lr: float
     downs: Sequence[Tree]
     kept: Tree
     purpose: Purpose = "train"
+    steps: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.clients)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Cohort:
+        """The clients of the given rows, in that order."""
+        rows = np.asarray(rows)
+        index = torch.from_numpy(rows)
+        return replace(
+            self,
+            clients=self.clients[rows],
+            keys=self.keys[rows],
+            ranks=self.ranks[rows],
+            versions=self.versions[rows],
+            downs=[self.downs[i] for i in rows.tolist()],
+            kept={name: x[index] for name, x in self.kept.items()},
+            round=self.round if isinstance(self.round, int) else self.round[rows],
+            steps=None if self.steps is None else self.steps[rows],
+        )
 
 
 @dataclass
@@ -75,15 +93,32 @@ class Done:
     examples: Tensor
     gradients: Tensor
 
+    def take(self, rows: np.ndarray) -> Done:
+        """The work of the clients in these rows."""
+        index = torch.from_numpy(rows)
+
+        def pick(stacked: Tree) -> Tree:
+            return {name: x[index] for name, x in stacked.items()}
+
+        u = self.updates
+        updates = Updates(pick(u.delta), pick(u.values), pick(u.buffers), pick(u.scalars))
+        sums = (self.steps[index], self.examples[index], self.gradients[index])
+        return Done(updates, pick(self.kept), self.loss[index], pick(self.aux), *sums)
+
 
 @dataclass
 class Ground:
-    """What all clients stand on: the model, its frozen tensors, the pool of data, who owns it."""
+    """What all clients stand on: the model, its frozen tensors, the pool of data, who owns it.
+
+    `cost` is what one step of a phase costs for an example, in gradients of the task's loss, by
+    the phase's name; without it every gradient that a step takes is one.
+    """
 
     module: nn.Module
     base: Tree
     columns: Tree
     owned: Owned
+    cost: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def exact(self) -> bool:
@@ -98,8 +133,10 @@ class Ground:
     def plan(self, method: Method, phase: Phase, cohort: Cohort) -> Plan:
         """The plans of a cohort `[n, T, b]`, pointing into the pool."""
         sizes = self.owned.sizes(cohort.clients)
-        if type(method).plan is Method.plan:
-            plan = method.local.plans(cohort.keys, sizes)
+        if phase.plans is not None:
+            plan = phase.plans(cohort.keys, sizes)
+        elif type(method).plan is Method.plan:
+            plan = method.local.plans(cohort.keys, sizes, cohort.steps)
         else:
             plan = _padded([self._own_plan(method, phase, cohort, i) for i in range(len(cohort))])
         starts = self.owned.starts[cohort.clients]
@@ -155,6 +192,9 @@ def _padded(own: Sequence[Plan]) -> Plan:
 
 
 class Executor(Protocol):
-    """Computes the visits of a cohort."""
+    """Computes the visits of a cohort: `run` from start to finish, `params` until the phases are
+    over, for the tensors `[n, ...]` that each client then has."""
 
     def run(self, method: Method, ground: Ground, cohort: Cohort) -> Done: ...
+
+    def params(self, method: Method, ground: Ground, cohort: Cohort) -> Tree: ...

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus import tree
 from isthmus.contracts import Context, Meta, Reduced, Reducer, Update, Updates
@@ -53,8 +53,14 @@ class Local:
     epochs: int = 1
     steps: int | None = None
 
-    def plans(self, keys: np.ndarray, sizes: np.ndarray) -> Plan:
-        """The plans of many clients with int64 keys `[n]` and sizes `[n]`."""
+    def plans(self, keys: np.ndarray, sizes: np.ndarray, steps: np.ndarray | None = None) -> Plan:
+        """The plans of many clients with int64 keys `[n]` and sizes `[n]`.
+
+        `steps` `[n]`, where given, is how many updates each is told to take.
+        """
+        if steps is not None:
+            width = self.batch or int(sizes.max(initial=1))
+            return plans.counted_batches_many(keys, sizes, steps, width)
         if self.batch == 0:
             return plans.full_batch_many(sizes, self.steps or self.epochs)
         if self.steps is not None:
@@ -108,6 +114,10 @@ class Method:
     communicates: ClassVar[bool] = True
     sends_values: ClassVar[bool] = False
     product_space: ClassVar[bool] = False
+    stacks: ClassVar[bool] = False
+    """The server keeps every upload (`federated.stack`), not one mean of them."""
+    plugs_in: ClassVar[bool] = False
+    """May stand before another method, as in `dbe+fedprox`: its hooks go on to `super()`."""
 
     __hash__ = object.__hash__  # phases hold bound methods and are compared by identity
 
@@ -115,6 +125,15 @@ class Method:
         """Where a method checks or changes how it is to train."""
 
     # -- before the first round ---------------------------------------------------------
+
+    @classmethod
+    def attach(cls, module: nn.Module, knobs: Any, seed: int) -> nn.Module:
+        """The model with what the method adds to it: a gate, a second head, a personal copy.
+
+        `module` is new and may be changed. Parts of it have names, roles and bytes like all of
+        the model, and hooks reach them as `model.gate`; `task.predict` does not see them.
+        """
+        return module
 
     @classmethod
     def roles(cls, given: Mapping[str, Role], places: Places) -> dict[str, Role]:
@@ -172,8 +191,13 @@ class Method:
         return {**own, **{name: down[name] for name in self.names.shared}}, {}
 
     def phases(self, purpose: str) -> list[Phase]:
-        """F: the phases of a visit."""
-        if purpose == "score":
+        """F: the phases of a visit, by its purpose.
+
+        `train` is a visit of a round. `score` comes before a client predicts, with its own data
+        and from what the server would send it. `warm-up` is one exchange with every client before
+        the first round, where there are such phases.
+        """
+        if purpose != "train":
             return []
         return [
             Phase(

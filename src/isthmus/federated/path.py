@@ -227,7 +227,7 @@ class Path:
         schema, template = self._schema("update", _UPDATE, fields, tensors, payload.tensors)
         clients = [m.client for m in some.meta]
         parcel = encode_many(
-            schema, fields, payload.tensors, session=some.meta[0].round, sequence=clients
+            schema, fields, payload.tensors, session=_rounds(some.meta), sequence=clients
         )
         _, arrived = decode_many(parcel, schema, finite=self.guard == "raise")
         got = (
@@ -266,12 +266,21 @@ class Path:
     # -- at the server ------------------------------------------------------------------
 
     def reduce(
-        self, method: Method, state: State, updates: Updates, ctx: Context
+        self,
+        method: Method,
+        state: State,
+        updates: Updates,
+        ctx: Context,
+        weights: Tensor | None = None,
     ) -> tuple[Reduced, Updates]:
-        """Guard, clip again, select, reduce, noise: what `server` gets, and the uploads used."""
+        """Guard, clip again, select, reduce, noise: what `server` gets, and the uploads used.
+
+        `weights` `[n]` are those of a schedule that weighs uploads itself.
+        """
         if self.guard != "raise":  # decoding has raised already
             updates = self._guarded(updates)
-        weights = method.weigh(updates.meta)
+        if weights is None:
+            weights = method.weigh(updates.meta)
         if self.central is not None:
             origin = method.origin(state, ctx.extras.get("down", {}), ctx.round)
             updates = _over(updates, self.central.clipped, origin)
@@ -315,9 +324,7 @@ class Path:
         tensors = _joined(updates)
         if all(_finite(x) for x in tensors.values()):
             return updates
-        good = torch.stack(
-            [torch.isfinite(x).reshape(len(updates), -1).all(1) for x in tensors.values()]
-        ).all(0)
+        good = finite_rows(updates, len(updates))
         if self.guard == "clip":
             cleaned = {name: torch.nan_to_num(x, 0.0, 0.0, 0.0) for name, x in tensors.items()}
             return _with(updates, cleaned)
@@ -327,6 +334,12 @@ class Path:
 
 
 _LOCAL_NOISE, _CODEC, _CENTRAL_NOISE = 101, 102, 103
+
+
+def _rounds(meta: Sequence[Meta]) -> int | list[int]:
+    """The round of each upload; one number where it is the same for all."""
+    first = meta[0].round
+    return first if all(m.round == first for m in meta) else [m.round for m in meta]
 
 
 def _plain(codec: Codec) -> bool:
@@ -339,6 +352,12 @@ def _finite(x: Tensor) -> bool:
         return True
     low, high = torch.aminmax(x)
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def finite_rows(updates: Updates, n: int) -> Tensor:
+    """Which of n uploads hold neither NaN nor infinity: bool `[n]`."""
+    rows = [x.reshape(n, -1) for x in _joined(updates).values()]
+    return torch.stack([torch.isfinite(x).all(1) for x in rows]).all(0)
 
 
 def _joined(updates: Updates, parts: Sequence[str] = PARTS) -> Tree:

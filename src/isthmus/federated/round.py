@@ -12,13 +12,15 @@ import torch
 
 from isthmus import seeds
 from isthmus.contracts import Context, Meta, Updates
+from isthmus.errors import InputError
 from isthmus.federated.cohort import Cohort, Done, Executor, Ground
+from isthmus.federated.fleet import Fleet
 from isthmus.federated.method import Known, Method, State
 from isthmus.federated.path import MEMORY, Path, Sent
-from isthmus.federated.schedulers.sync import Sync
 from isthmus.federated.store import ClientStore
+from isthmus.learn.phase import Purpose
 from isthmus.tree import Tree
-from isthmus.wire.device import Device, spend_each
+from isthmus.wire.device import Device
 from isthmus.wire.ledger import Ledger
 from isthmus.wire.link import Attempts, Delivery, Link
 
@@ -42,18 +44,19 @@ class Federation:
     """A server, its clients and all between them.
 
     `state`, `round`, `now` and `versions` (the base version each client holds) are what changes;
-    the rest stays as it was built. `flops` is the work of one gradient on one example.
+    the rest stays as it was built. `flops` is the work of one gradient on one example, `deadline`
+    the seconds after which a round no longer waits for uploads.
     """
 
     method: Method
     ground: Ground
     path: Path
     executor: Executor
-    schedule: Sync
+    schedule: Any
     store: ClientStore
     ledger: Ledger
     link: Link
-    devices: Sequence[Device]
+    fleet: Fleet
     server: Device
     seed: int
     flops: float
@@ -63,6 +66,7 @@ class Federation:
     versions: np.ndarray
     round: int = 0
     now: float = 0.0
+    deadline: float | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
     names: Sequence[str] = ()
     _named: tuple[bytes, list[str]] = field(default_factory=lambda: (b"", list[str]()))
@@ -79,10 +83,25 @@ class Federation:
         return names
 
     def step(self) -> Report:
-        """Play one round: send, work, send back, reduce, update."""
+        """Play one round; before the first one, the warm-up of a method that has one."""
+        if self.round == 0 and self.method.phases("warm-up"):
+            self._exchange(np.arange(len(self.ground.owned)), "warm-up")
         self.round += 1
-        clients = self.schedule.clients(self.round)
-        key = seeds.key(self.seed, "round", self.round)
+        return self._exchange(self._chosen(), "train")
+
+    def _chosen(self) -> np.ndarray:
+        """Who takes part, of those who can be reached; where nobody can, the clock goes on."""
+        if self.fleet.sure:
+            return self.schedule.clients(self.round)
+        opens = self.fleet.opens(self.now)
+        if opens is None:
+            raise InputError("battery", "every device is flat", "a larger one, or fewer rounds")
+        self.now = opens
+        return self.schedule.clients(self.round, self.fleet.reachable(self.now))
+
+    def _exchange(self, clients: np.ndarray, purpose: Purpose) -> Report:
+        """Send, work, send back, reduce, update."""
+        key, began = seeds.key(self.seed, "round", self.round), self.now
         if not len(clients):
             return self._nobody(key)
         kept = self.store.get(clients)
@@ -98,15 +117,24 @@ class Federation:
             clients=clients,
             keys=seeds.keys(seeds.key(self.seed, "visit", self.round), clients),
             ranks=self.ranks[clients],
-            versions=np.full(len(clients), self.round - 1),
+            versions=np.full(len(clients), max(0, self.round - 1)),
             round=self.round,
-            lr=self.lr(self.round),
+            lr=self.lr(max(1, self.round)),
             downs=downs,
             kept=kept,
+            purpose=purpose,
         )
         done = self.executor.run(self.method, self.ground, cohort)
         finished = self._work(cohort, done, arrival.done[here])
-        return self._receive(cohort, done, kept, finished, key)
+        if not self.fleet.sure:
+            back = ~self.fleet.vanishes(cohort.keys)
+            if not back.all():
+                self.now = max(self.now, float(finished.max()))  # that it waited for them
+                cohort, done = cohort.take(np.flatnonzero(back)), done.take(np.flatnonzero(back))
+                kept, finished = _rows(kept, back), finished[back]
+            if not len(cohort):
+                return self._nobody(key)
+        return self._receive(cohort, done, kept, finished, key, began)
 
     def _nobody(self, key: int) -> Report:
         """A round without clients: the server learns nothing, but its noise is still added."""
@@ -190,11 +218,8 @@ class Federation:
     def _work(self, cohort: Cohort, done: Done, begun: np.ndarray) -> np.ndarray:
         """Enter what each client computed; when each has finished."""
         flops = done.gradients.numpy().astype(np.float64) * self.flops
-        if len(self.devices) == 1:
-            spent = self.devices[0].spend(flops)
-        else:
-            owners = [self.devices[c % len(self.devices)] for c in cohort.clients.tolist()]
-            spent = spend_each(owners, flops)
+        spent = self.fleet.spend(cohort.clients, flops, cohort.keys)
+        self.fleet.drain(cohort.clients, spent.joules)
         names = self.named(cohort.clients)
         self.ledger.later(
             len(names), "work", sender=names, receiver=names, kind="train", t=begun,
@@ -205,14 +230,20 @@ class Federation:
     # -- up -----------------------------------------------------------------------------
 
     def _receive(
-        self, cohort: Cohort, done: Done, kept: Tree, finished: np.ndarray, key: int
+        self,
+        cohort: Cohort,
+        done: Done,
+        kept: Tree,
+        finished: np.ndarray,
+        key: int,
+        began: float,
     ) -> Report:
         """Carry the uploads up, reduce them and update the server."""
         updates = done.updates
         sizes = self.ground.owned.sizes(cohort.clients).tolist()
         ranks = cohort.ranks.tolist()
         updates.meta = [
-            Meta(client, self.round, self.round - 1, size, int(steps), rank or None)
+            Meta(client, self.round, max(0, self.round - 1), size, int(steps), rank or None)
             for client, size, steps, rank in zip(
                 cohort.clients.tolist(), sizes, done.steps.tolist(), ranks, strict=True
             )
@@ -229,7 +260,7 @@ class Federation:
             return Report(self.round, self.now, loss, aux, clients, clients, {})
         origin = partial(self.method.origin, self.state, cohort.downs[0], self.round)
         sent = self.path.up(updates, left, cohort.keys, seeds.fold(key, 3), origin)
-        return self._upload(cohort, sent, finished, loss, aux, key)
+        return self._upload(cohort, sent, finished, loss, aux, key, began)
 
     def _upload(
         self,
@@ -239,8 +270,9 @@ class Federation:
         loss: float,
         aux: dict[str, float],
         key: int,
+        began: float,
     ) -> Report:
-        """Send what was coded; what arrives is mixed.
+        """Send what was coded; what arrives, and in time where there is a deadline, is mixed.
 
         A client whose upload does not arrive keeps what it had, as if it had not been asked.
         """
@@ -260,7 +292,14 @@ class Federation:
             round=self.round,
             sequence=senders,
         )
-        self.now = float(delivery.done.max())
+        self.fleet.drain(senders, delivery.joules)
+        if self.deadline is not None:
+            late = delivery.done > began + self.deadline
+            delivery = delivery._replace(
+                done=np.minimum(delivery.done, began + self.deadline),
+                delivered=delivery.delivered & ~late,
+            )
+        self.now = max(self.now, float(delivery.done.max()))
         for event in sent.events:
             for name in names:
                 self.ledger.privacy(self.now, name, event, self.round)
@@ -291,6 +330,17 @@ class Federation:
             self.ledger.privacy(self.now, SERVER, reduced.diag["privacy"], self.round)
         self.state = self.method.server(self.state, reduced, used.meta)
         return Report(self.round, self.now, loss, aux, clients, used.clients, reduced.diag)
+
+    # -- a checkpoint -------------------------------------------------------------------
+
+    def journal(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a checkpoint keeps beside state, versions and clock: JSON values and tensors."""
+        return {"schedule": self.schedule.state()}, {"spent": torch.from_numpy(self.fleet.spent)}
+
+    def take_up(self, about: dict[str, Any], tensors: dict[str, Any]) -> None:
+        """Take up a `journal` again."""
+        self.schedule.restore(about["schedule"])
+        self.fleet.spent = tensors["spent"].numpy().copy()
 
 
 def _rows(stacked: Tree, keep: np.ndarray) -> Tree:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from isthmus import tree
+from isthmus import seeds, tree
+from isthmus.federated.cohort import Cohort
+from isthmus.federated.method import Known
 from isthmus.federated.round import Federation
 from isthmus.learn.recalibrate import recalibrate
 from isthmus.models.bind import bind
 from isthmus.tasks.contract import Items, Task
 from isthmus.tree import Tree
+
+Moment = Literal["mixed", "trained"]
+"""When a model is scored: just after the server has mixed, or just after local training."""
+
+CROWD = 64
+"""Clients whose own models are in memory at a time."""
 
 BATCH = 256
 """Items scored at a time; language models see fewer (see `rows_at_once`)."""
@@ -56,9 +64,59 @@ def recalibrated(fed: Federation, task: Task, tensors: Tree, clients: Iterable[i
     return {**tensors, **fresh}
 
 
-def personal(fed: Federation) -> bool:
+def personal(fed: Federation, moment: Moment = "mixed") -> bool:
     """True when clients predict with models of their own."""
-    return bool(fed.method.names.local)
+    method = fed.method
+    return bool(
+        moment == "trained"
+        or method.names.local
+        or method.personal_download
+        or method.phases("score")
+    )
+
+
+def models_of(
+    fed: Federation, clients: np.ndarray, kept: Tree, moment: Moment = "mixed"
+) -> Iterator[Tree]:
+    """All tensors of the model with which each of these clients predicts.
+
+    Just after the server has mixed (`mixed`), these come from what the server would send, what the
+    client keeps and the method's `score` phases; or (`trained`) from the local training with which
+    the next round would begin. Measuring is not part of the protocol: nothing is entered in the
+    ledger, and neither server nor client is changed.
+    """
+    method = fed.method
+    fixed = {**fed.ground.base, **method.base(fed.state)}
+    if moment == "mixed" and not method.phases("score") and not method.personal_download:
+        yield from (model_of(fed, tree.row(kept, i)) for i in range(len(clients)))
+        return
+    key = seeds.key(fed.seed, "visit" if moment == "trained" else "score", fed.round + 1)
+    fed.ground.base.update(method.base(fed.state))
+    cohort = Cohort(
+        clients=clients,
+        keys=seeds.keys(key, clients),
+        ranks=fed.ranks[clients],
+        versions=np.full(len(clients), fed.round),
+        round=fed.round + 1,
+        lr=fed.lr(fed.round + 1),
+        downs=_sent(fed, clients),
+        kept=kept,
+        purpose="train" if moment == "trained" else "score",
+    )
+    params = fed.executor.params(method, fed.ground, cohort)
+    yield from ({**fixed, **tree.row(params, i)} for i in range(len(clients)))
+
+
+def _sent(fed: Federation, clients: np.ndarray) -> list[Tree]:
+    """What the server would send to each of these clients; one object where it is the same."""
+    made: dict[int, Tree] = {}
+    for client in clients.tolist():
+        rank = int(fed.ranks[client])
+        slot = client if fed.method.personal_download else rank
+        if slot not in made:
+            made[slot] = fed.method.send(fed.state, Known(client, rank, int(fed.versions[client])))
+    slots = clients if fed.method.personal_download else fed.ranks[clients]
+    return [made[int(slot)] for slot in slots]
 
 
 def evaluate(
@@ -78,33 +136,45 @@ def evaluate(
 
 
 def score(
-    fed: Federation, task: Task, items: Items, parts: Sequence[np.ndarray] | None, split: str
+    fed: Federation,
+    task: Task,
+    items: Items,
+    parts: Sequence[np.ndarray] | None,
+    split: str,
+    moment: Moment = "mixed",
 ) -> Iterator[dict[str, Any]]:
     """Rows of metrics: `global` over everything, and `client/i` where clients have test items.
 
-    A method whose clients keep tensors of their own is scored with each client's own model, on
-    its own items (on all items when these have no owners); `global` is then the sum over the
-    clients.
+    Where clients predict with models of their own, each is scored on its own items (on all items
+    when these have no owners); `global` is then the sum over the clients.
     """
     where = {"round": fed.round, "t": fed.now, "split": split}
-    own = personal(fed)
-    everyone = range(len(fed.ground.owned))
-    shared = {} if own else recalibrated(fed, task, model_of(fed, {}), everyone)
-    clients = everyone if own or parts is not None else ()
+    own = personal(fed, moment)
+    everyone = np.arange(len(fed.ground.owned))
+    if parts is not None:
+        everyone = everyone[[len(part) > 0 for part in parts]]
     total = task.metric.init()
     rows: list[dict[str, Any]] = []
-    for client in clients:
+
+    def enter(client: int, tensors: Tree, kept: Tree) -> None:
+        nonlocal total
         mine = items if parts is None else items.take(parts[client])
-        if not len(mine):
-            continue
-        kept = tree.row(fed.store.get(np.array([client])), 0) if own else {}
-        model = recalibrated(fed, task, model_of(fed, kept), [client]) if own else shared
-        sums = evaluate(task, fed.method, fed.ground.module, model, mine, kept)
+        sums = evaluate(task, fed.method, fed.ground.module, tensors, mine, kept)
         total = task.metric.merge(total, sums)
-        rows.append(
-            {**where, "scope": fed.named(np.array([client]))[0], **task.metric.finish(sums)}
-        )
-    if not rows:
-        total = evaluate(task, fed.method, fed.ground.module, shared, items, {})
+        scope = fed.named(np.array([client]))[0]
+        rows.append({**where, "scope": scope, **task.metric.finish(sums)})
+
+    if own:
+        for some in np.array_split(everyone, max(1, -(-len(everyone) // CROWD))):
+            kept = fed.store.get(some)
+            models = models_of(fed, some, kept, moment)
+            for i, (client, tensors) in enumerate(zip(some.tolist(), models, strict=True)):
+                enter(client, recalibrated(fed, task, tensors, [client]), tree.row(kept, i))
+    else:
+        shared = recalibrated(fed, task, model_of(fed, {}), range(len(fed.ground.owned)))
+        for client in everyone.tolist() if parts is not None else ():
+            enter(client, shared, {})
+        if not rows:
+            total = evaluate(task, fed.method, fed.ground.module, shared, items, {})
     yield {**where, "scope": "global", **task.metric.finish(total)}
     yield from rows

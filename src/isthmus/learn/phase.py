@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from isthmus.models.optim import Optimiser
 from isthmus.tasks.contract import Batch
 from isthmus.tree import Tree
 
-Purpose = Literal["train", "score"]
+Purpose = Literal["warm-up", "train", "score"]
+"""Why a client is visited: once before the first round, in a round, or before it predicts."""
+
 Carry = dict[str, Any]
 """Tensors that a method carries through a visit, by name; trees may be nested in it."""
 
@@ -92,8 +95,9 @@ class Phase:
     """Some steps over the same names with the same loss.
 
     `trainable` are the names that the gradient is taken for. `until(params, carry, loss)` ends
-    the phase early for a client, at the latest after its planned steps. Two phases that compare
-    equal share their recording, so pass methods and named functions, not fresh lambdas.
+    the phase early for a client, at the latest after its planned steps. `plans(keys, sizes)` gives
+    the batches of many clients `[n, T, b]` where they are not those of the run. Two phases that
+    compare equal share their recording, so pass methods and named functions, not fresh lambdas.
     """
 
     name: str
@@ -103,6 +107,7 @@ class Phase:
     step: Step = update_once
     until: Until | None = None
     follow: Callable[[Mapping[str, Tensor]], Tree] | None = None
+    plans: Callable[[np.ndarray, np.ndarray], Plan] | None = None
 
 
 class Work(NamedTuple):

@@ -69,6 +69,16 @@ def random_batches_many(keys: np.ndarray, sizes: np.ndarray, steps: int, batch: 
     return Plan(torch.from_numpy(index), torch.from_numpy(weight))
 
 
+def counted_batches_many(
+    keys: np.ndarray, sizes: np.ndarray, steps: np.ndarray, batch: int
+) -> Plan:
+    """`random_batches_many` with a number of steps `[n]` for each client: `[n, max steps, b]`."""
+    most = int(steps.max(initial=0))
+    plan = random_batches_many(keys, sizes, most, batch)
+    told = torch.arange(most)[None, :] < torch.from_numpy(np.asarray(steps))[:, None]
+    return Plan(plan.index * told[..., None], plan.weight * told[..., None])
+
+
 def full_batch_many(sizes: np.ndarray, steps: int) -> Plan:
     """All items in every step: `[n, steps, widest]`."""
     widest = int(sizes.max(initial=0))

@@ -187,11 +187,14 @@ def vectorised(
         losses.append(out["loss"])
         logged.append(out["aux"])
         active.append(out["active"])
+        if phase.until is not None and bool(done.all()):
+            break
+    weight = plan.weight[:, : len(losses)]
     sums = _summed(
         torch.cat(losses, dim=1),
         {name: torch.cat([a[name] for a in logged], dim=1) for name in logged[0]},
         torch.cat(active, dim=1),
-        plan.weight,
+        weight,
     )
     return Work({**rest, **mine}, carry, **sums, grads=grads)
 

@@ -182,7 +182,8 @@ def _rounds(
     config, fed = built.config, built.federation
 
     def scored() -> list[dict[str, Any]]:
-        new = list(score(fed, built.task, built.splits.test, built.tests, "test"))
+        items, tests = built.clients.scored, built.clients.tests
+        new = list(score(fed, built.task, items, tests, config.split, config.score))
         rows.extend(new)
         if folder is not None:
             folder.write_metrics(new)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path as File
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -18,22 +18,24 @@ from torch import nn
 from isthmus import catalogue
 from isthmus.errors import InputError, unknown
 from isthmus.federated.adapters.lora import LoraMethod
+from isthmus.federated.asynchronous import Asynchronous
 from isthmus.federated.cohort import Executor, Ground, Owned
 from isthmus.federated.executors.sequential import Sequential
 from isthmus.federated.executors.vectorised import Vectorised
+from isthmus.federated.fleet import Fleet, hours, slowness
 from isthmus.federated.method import Known, Local, Method, Names
 from isthmus.federated.path import MEMORY, Path
 from isthmus.federated.round import Federation
-from isthmus.federated.schedulers.sync import Sync
 from isthmus.federated.store import ClientStore
 from isthmus.learn.graph import Mode
-from isthmus.learn.phase import Visit
+from isthmus.learn.phase import Carry, Plan, Purpose, Visit
 from isthmus.learn.recalibrate import freeze_statistics
-from isthmus.learn.visit import batch_statistics
+from isthmus.learn.visit import batch_statistics, sequential
 from isthmus.models import optim
 from isthmus.models.bind import bind, tensors_of, trainable
 from isthmus.models.dropout import keyed
 from isthmus.run import compatibility, pieces
+from isthmus.run.clients import Clients, clients_of
 from isthmus.run.config import Config, explained
 from isthmus.tasks import own
 from isthmus.tasks.contract import Batch, Items, Role, Splits, Stage, Task, roles
@@ -61,7 +63,7 @@ class Built:
     splits: Splits
     federation: Federation
     module: nn.Module
-    tests: list[np.ndarray] | None
+    clients: Clients
 
 
 def build(
@@ -80,15 +82,11 @@ def build(
         if config.data_dir is not None
         else task.synthesise(config.seed, cast(Any, size))
     )
-    if config.evaluate_items is not None:
-        few = np.arange(min(config.evaluate_items, len(splits.test)))
-        if not config.partition.startswith(("auto", "natural")):
-            splits = splits._replace(test=splits.test.take(few))
-    config, parts, tests, names = _clients(config, task, splits)
+    config, clients = clients_of(config, task, splits)
     stage = task.stages()[0]
-    kind = _method(config)
-    module = keyed(task.build(cast(Any, size), config.seed))
+    kind = method_of(config.method)
     settings = _settings(kind, config.settings)
+    module = keyed(kind.attach(task.build(cast(Any, size), config.seed), settings, config.seed))
     more: dict[str, Any] = {}
     if issubclass(kind, LoraMethod):
         module, more["places"] = _adapted(module, settings, config)
@@ -108,33 +106,71 @@ def build(
     if config.reducer is not None:
         method.reducer = pieces.make("reducer", config.reducer)
     path = _path(config, method)
-    compatibility.refuse(_pieces(config, method, path))
+    schedule = _schedule(config)
+    compatibility.refuse(_pieces(config, method, path, schedule.kind))
     base = {name: tensors[name] for name in tensors if name in _base_names(named)}
     kept = method.keep(tensors)
     if path.feedback is not None:
         kept = {**kept, **_memory(config, method, tensors, kept)}
-    federation = Federation(
+    flops = _flops(stage, module, tensors, named, clients.train)
+    ground = Ground(module, base, dict(clients.train.columns), Owned.of(clients.parts))
+    ground.cost = _cost(method, ground, tensors, flops)
+    federation = ENGINES[schedule.kind](
         method=method,
-        ground=Ground(module, base, dict(splits.train.columns), Owned.of(parts)),
+        ground=ground,
         path=path,
         executor=_executor(config, method),
-        schedule=Sync(
-            config.clients, config.cohort or config.clients, config.seed, config.sampling
-        ),
+        schedule=schedule,
         store=ClientStore(kept, store),
         ledger=ledger,
         link=Link.parse(config.link, config.seed),
-        devices=[Device.named(name) for name in config.devices],
+        fleet=_fleet(config),
         server=Device.named("server"),
         seed=config.seed,
-        flops=_flops(stage, module, tensors, named, splits.train),
+        flops=flops,
+        deadline=config.deadline,
         lr=partial(_rate, cast(float, config.lr), config.lr_decay),
         state=method.init(tensors),
         ranks=_ranks(config, settings, method),
         versions=np.zeros(config.clients, np.int64),
-        names=names,
+        names=clients.names,
     )
-    return Built(config, task, splits, federation, module, tests)
+    return Built(config, task, splits, federation, module, clients)
+
+
+ENGINES: dict[str, type[Federation]] = {"sync": Federation, "async": Asynchronous}
+"""Who plays a schedule, by its kind."""
+
+
+def _schedule(config: Config) -> Any:
+    """The schedule with what it needs of the run."""
+    made = pieces.make(
+        "schedule",
+        config.schedule,
+        population=config.clients,
+        cohort=config.cohort or config.clients,
+        seed=config.seed,
+        sampling=config.sampling,
+    )
+    if made.kind != "sync":
+        for name in ("sampling", "deadline"):
+            if getattr(config, name) != Config.model_fields[name].default:
+                allowed = f"the default with schedule {config.schedule}, which has no rounds"
+                raise InputError(name, getattr(config, name), allowed)
+    return made
+
+
+def _fleet(config: Config) -> Fleet:
+    return Fleet(
+        [Device.named(name) for name in config.devices],
+        config.clients,
+        config.seed,
+        slowness(config.speeds, config.clients, config.seed),
+        config.jitter,
+        config.dropout,
+        hours(config.awake) if config.awake is not None else None,
+        config.battery,
+    )
 
 
 def _rate(lr: float, decay: float, round: int) -> float:
@@ -149,11 +185,29 @@ def _task(config: Config) -> Task:
     return own.find(config.task)
 
 
-def _method(config: Config) -> type[Method]:
-    found = catalogue.find("method", config.method)
-    if not (isinstance(found, type) and issubclass(found, Method)):
-        raise InputError("method", config.method, "a class that derives from Method")
-    return found
+def method_of(name: str) -> type[Method]:
+    """The class of a method, or of several joined by `+`: `dbe+fedprox` is DBE over FedProx.
+
+    Each part calls `super()` for what it leaves alone, so the parts are bases of one class whose
+    settings are those of all. Raises `InputError` for a first part that is no plug-in.
+    """
+    plugs = name.split("+") if ".py:" not in name else [name]
+    kinds: list[type[Method]] = []
+    for part in plugs:
+        found = catalogue.find("method", part)
+        if not (isinstance(found, type) and issubclass(found, Method)):
+            raise InputError("method", part, "a class that derives from Method")
+        kinds.append(found)
+    for kind, part in zip(kinds[:-1], plugs, strict=False):
+        if not kind.plugs_in:
+            plain = [n for n in catalogue.names("method") if catalogue.find("method", n).plugs_in]
+            raise InputError("method", name, f"{' or '.join(plain)} before the +, not {part}")
+    if len(kinds) == 1:
+        return kinds[0]
+    every = list(dict.fromkeys(k.Settings for k in kinds))
+    own = [s for s in every if not any(t is not s and issubclass(t, s) for t in every)]
+    settings = type("Settings", tuple(own), {})
+    return type("+".join(k.__name__ for k in kinds), tuple(kinds), {"Settings": settings})
 
 
 def _settings(kind: type[Method], given: dict[str, Any]) -> Any:
@@ -161,33 +215,6 @@ def _settings(kind: type[Method], given: dict[str, Any]) -> Any:
         return kind.Settings(**given)
     except ValidationError as error:
         raise explained(error, kind.Settings, "settings.") from None
-
-
-def _clients(
-    config: Config, task: Task, splits: Splits
-) -> tuple[Config, list[np.ndarray], list[np.ndarray] | None, list[str]]:
-    """Who owns which training items and, where owners are natural, which test items."""
-    owners = sorted(set(splits.train.group))
-    scheme = config.partition
-    if scheme == "auto":
-        natural = task.card.problem == "language modelling" and config.clients <= len(owners)
-        scheme = "natural" if natural else "iid"
-        config = config.model_copy(update={"partition": scheme})
-    parts = task.partition(splits.train, config.clients, scheme, config.seed)
-    empty = [i for i, part in enumerate(parts) if not len(part)]
-    if empty:
-        raise InputError("partition", scheme, f"one that gives client {empty[0]} some data")
-    if not scheme.startswith("natural"):
-        return config, parts, None, []
-    groups = np.array(splits.train.group)
-    held = [set(groups[part].tolist()) for part in parts]
-    theirs = np.array(splits.test.group)
-    tests = [np.flatnonzero(np.isin(theirs, sorted(own))) for own in held]
-    if not any(map(len, tests)):
-        tests = None
-    elif config.evaluate_items is not None:
-        tests = [part[: config.evaluate_items] for part in tests]
-    return config, parts, tests, [f"client/{'+'.join(sorted(own))}" for own in held]
 
 
 def _adapted(module: nn.Module, settings: Any, config: Config) -> tuple[nn.Module, Any]:
@@ -308,10 +335,7 @@ def _memory(config: Config, method: Method, tensors: Tree, kept: Tree) -> Tree:
     if method.sends_values:
         allowed = f"false with method {config.method}, which sends factors and not changes"
         raise InputError("feedback", True, allowed)
-    zero = torch.zeros((), dtype=torch.int64)
-    visit = Visit(zero, zero, zero, zero, zero, *[torch.zeros(())] * 3, purpose="train")
-    down = method.send(method.init(tensors), Known(0, 0, 0))
-    params, carry = method.start(visit, down, kept)
+    visit, down, params, carry = _first_start(method, tensors, kept)
     update, _ = method.finish(visit, params, down, carry, kept)
     parts = {"delta": update.delta, "buffers": update.buffers, "scalars": update.scalars}
     return {
@@ -320,6 +344,14 @@ def _memory(config: Config, method: Method, tensors: Tree, kept: Tree) -> Tree:
         for name, x in held.items()
         if x.is_floating_point()
     }
+
+
+def _first_start(method: Method, tensors: Tree, kept: Tree) -> tuple[Visit, Tree, Tree, Carry]:
+    """The first client's first visit, to learn from it what is sent and what a step costs."""
+    zero, one = torch.zeros((), dtype=torch.int64), torch.ones(())
+    visit = Visit(zero, zero, zero, zero, zero, one, one, one, purpose="train")
+    down = method.send(method.init(tensors), Known(0, 0, 0))
+    return visit, down, *method.start(visit, down, kept)
 
 
 def _mechanism(config: Config) -> dict[str, Any]:
@@ -353,9 +385,13 @@ def _kinds(codec: Codec) -> Sequence[str]:
     return ["real"] if codec.floats and not isinstance(codec, Sign) else ["discrete"]
 
 
-def _pieces(config: Config, method: Method, path: Path) -> compatibility.Pieces:
+def _pieces(config: Config, method: Method, path: Path, schedule: str) -> compatibility.Pieces:
     """What this configuration puts on the path, in the words of the rules."""
-    if isinstance(method, LoraMethod):
+    if method.stacks:
+        reducer = "stack"
+        if config.reducer is not None:
+            raise InputError("reducer", config.reducer, f"none: {config.method} keeps each upload")
+    elif isinstance(method, LoraMethod):
         reducer = "adapter-product" if method.product_space else "adapter-factor"
         if config.reducer is not None:
             raise InputError("reducer", config.reducer, f"none: {config.method} has its own")
@@ -370,6 +406,8 @@ def _pieces(config: Config, method: Method, path: Path) -> compatibility.Pieces:
         central_noise=path.central is not None,
         server=cast(Any, (*["selector"] * len(path.selectors), reducer)),
         attack=path.attack is not None,
+        schedule=cast(Any, schedule),
+        backbone=getattr(method, "keeps_base", False),
         executor=config.executor,
         weights="fixed" if path.central is not None else "examples",
         sends=frozenset(cast(Any, sends)),
@@ -391,6 +429,29 @@ def _flops(stage: Stage, module: nn.Module, tensors: Tree, named: Names, items: 
         torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
 
     return count_flops(gradient) / size
+
+
+def _cost(method: Method, ground: Ground, tensors: Tree, flops: float) -> dict[str, float]:
+    """What a step of each phase costs for one example, in gradients of the stage's loss.
+
+    Counted by taking one step; empty for a method whose only step is that gradient.
+    """
+    kind = type(method)
+    plain = kind.phases is Method.phases and kind.step is Method.step and kind.loss is Method.loss
+    if plain or not flops:
+        return {}
+    size = 2 if ground.exact else 1  # one item has no variance
+    plan = Plan(torch.zeros(1, size, dtype=torch.int64), torch.ones(1, size, dtype=ground.dtype))
+    _, _, params, carry = _first_start(method, tensors, method.keep(tensors))
+    cost: dict[str, float] = {}
+    for purpose in get_args(Purpose):
+        for phase in method.phases(purpose):
+            step = partial(
+                sequential, phase, ground.module, ground.base, params, carry, ground.columns,
+                plan, 0, torch.tensor(1e-3, dtype=ground.dtype),
+            )  # fmt: skip
+            cost[phase.name] = count_flops(step) / size / flops
+    return cost
 
 
 def environment(command: Sequence[str] = ()) -> dict[str, Any]:

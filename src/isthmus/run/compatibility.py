@@ -35,7 +35,8 @@ class Pieces:
     weights: what a client's weight follows (`examples`), or `uniform`, or `fixed` at 1/(qN).
     sends, covered, public: fields that go up, that the privacy mechanism noises, and that are
     declared public. running_statistics: batch statistics are among the buffers that go up.
-    individual: the method's server half reads single uploads. vectorise: the method can be.
+    individual: the method's server half reads single uploads. backbone: it changes the frozen
+    weights that all clients share. vectorise: the method can be.
     """
 
     codec: tuple[Codec, ...] = ("real",)
@@ -53,6 +54,7 @@ class Pieces:
     public: frozenset[Field] = frozenset()
     running_statistics: bool = False
     individual: bool = False
+    backbone: bool = False
     vectorise: bool = True
 
     def words(self) -> frozenset[str]:
@@ -70,6 +72,7 @@ class Pieces:
             ("attack", self.attack),
             ("selector", "selector" in self.server),
             ("method with individual uploads", self.individual),
+            ("method that changes the backbone", self.backbone),
             ("method that is not vectorised", not self.vectorise),
             ("several codecs", len(self.codec) > 1),
         ):
@@ -195,6 +198,14 @@ RULES: tuple[Rule, ...] = (
     Rule("attack", "sparse codec", True, "what it sends is coded like any upload"),
     Rule("attack", "selector", True, "a defence meets the attack here"),
     Rule("attack", "coordinate reducer", True, "a defence meets the attack here"),
+    # Schedules.
+    Rule(
+        "async schedule",
+        "method that changes the backbone",
+        False,
+        "visits under way would stand on another backbone than they were sent",
+    ),
+    Rule("async schedule", "stack reducer", True, "each client has a model of its own"),
     # How visits are executed.
     Rule("vectorised executor", "method that is not vectorised", False, "the method says why"),
     Rule("auto executor", "method that is not vectorised", True, "visits run one after another"),

@@ -15,7 +15,7 @@ from torch import nn
 from isthmus.errors import InputError
 from isthmus.federated.adapters.lora import LoraMethod
 from isthmus.models.bind import tensors_of, write
-from isthmus.run.build import SIZES, Built
+from isthmus.run.build import SIZES, Built, method_of
 from isthmus.run.config import Config
 from isthmus.tasks import own
 from isthmus.tasks.contract import Task
@@ -60,7 +60,9 @@ def load(folder: Path, config: Config | None = None, task: Task | None = None) -
     if task is None:
         task = own.find(config.task, language=language) if language else own.find(config.task)
     size = config.model if config.model in SIZES else "small"
-    module = task.build(cast(Any, size), config.seed)
+    kind = method_of(config.method)
+    settings = kind.Settings(**config.settings)
+    module = kind.attach(task.build(cast(Any, size), config.seed), settings, config.seed)
     if (target / ADAPTER).exists():
         from isthmus.models import adapter
 

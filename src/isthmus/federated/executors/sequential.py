@@ -11,7 +11,7 @@ from isthmus import seeds, tree
 from isthmus.contracts import Update, Updates
 from isthmus.federated.cohort import Cohort, Done, Ground, visit_of
 from isthmus.federated.method import Method
-from isthmus.learn.phase import Plan
+from isthmus.learn.phase import Carry, Plan, Visit
 from isthmus.learn.visit import sequential
 from isthmus.tree import Tree
 
@@ -38,25 +38,30 @@ class Sequential:
             gradients,
         )
 
+    def params(self, method: Method, ground: Ground, cohort: Cohort) -> Tree:
+        each = [self._work(method, ground, cohort.take([i]))[1] for i in range(len(cohort))]
+        return tree.stack(each)
+
     def _visit(
         self, method: Method, ground: Ground, cohort: Cohort, i: int
     ) -> tuple[Update, Tree, tuple[float, float, float, float], Tree]:
-        one = replace(
-            cohort,
-            clients=cohort.clients[i : i + 1],
-            keys=cohort.keys[i : i + 1],
-            ranks=cohort.ranks[i : i + 1],
-            versions=cohort.versions[i : i + 1],
-            downs=cohort.downs[i : i + 1],
-            kept={name: x[i : i + 1] for name, x in cohort.kept.items()},
-        )
-        visit = visit_of(one, ground, 0)
-        down, kept = one.downs[0], tree.row(one.kept, 0)
+        one = cohort.take([i])
+        visit, params, carry, numbers, aux = self._work(method, ground, one)
+        kept = tree.row(one.kept, 0)
         with torch.no_grad():
-            params, carry = method.start(visit, down, kept)
+            update, kept = method.finish(visit, params, one.downs[0], carry, kept)
+        return update, kept, numbers, aux
+
+    def _work(
+        self, method: Method, ground: Ground, one: Cohort
+    ) -> tuple[Visit, Tree, Carry, tuple[float, float, float, float], Tree]:
+        """Start and phases of a single client: its tensors, what it carries, and the sums."""
+        visit = visit_of(one, ground, 0)
+        with torch.no_grad():
+            params, carry = method.start(visit, one.downs[0], tree.row(one.kept, 0))
         steps = examples = gradients = 0.0
         loss, aux = torch.zeros(()), {}
-        for number, phase in enumerate(method.phases(cohort.purpose)):
+        for number, phase in enumerate(method.phases(one.purpose)):
             key = seeds.fold(int(one.keys[0]), number)
             phased = replace(one, keys=np.array([key], dtype=np.int64))
             plan = ground.plan(method, phase, phased)
@@ -74,8 +79,6 @@ class Sequential:
             params, carry, loss, aux = work.params, work.carry, work.loss, work.aux
             steps += float(work.steps)
             examples += float(work.examples)
-            gradients += float(work.examples) * work.grads
+            gradients += float(work.examples) * ground.cost.get(phase.name, work.grads)
         visit = replace(visit, steps=torch.tensor(steps, dtype=visit.steps.dtype))
-        with torch.no_grad():
-            update, kept = method.finish(visit, params, down, carry, kept)
-        return update, kept, (float(loss), steps, examples, gradients), aux
+        return visit, params, carry, (float(loss), steps, examples, gradients), aux

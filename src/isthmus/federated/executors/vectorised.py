@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -43,9 +43,15 @@ class Vectorised:
         groups = self._groups(method, ground, cohort)
         if len(groups) == 1:
             return self._run(method, ground, cohort)
-        done = [self._run(method, ground, _part(cohort, rows)) for rows in groups]
+        done = [self._run(method, ground, cohort.take(rows)) for rows in groups]
         order = torch.from_numpy(np.argsort(np.concatenate(groups), kind="stable"))
         return _joined(done, order)
+
+    def params(self, method: Method, ground: Ground, cohort: Cohort) -> Tree:
+        groups = self._groups(method, ground, cohort)
+        made = [self._params(method, ground, cohort.take(rows)) for rows in groups]
+        order = torch.from_numpy(np.argsort(np.concatenate(groups), kind="stable"))
+        return {name: torch.cat([m[name] for m in made])[order] for name in made[0]}
 
     def _groups(self, method: Method, ground: Ground, cohort: Cohort) -> list[np.ndarray]:
         everyone = np.arange(len(cohort))
@@ -60,21 +66,54 @@ class Vectorised:
         return groups
 
     def _run(self, method: Method, ground: Ground, cohort: Cohort) -> Done:
-        n = len(cohort)
         table = table_of(cohort, ground)
         alike, apart = _downloads(cohort.downs)
         phases = method.phases(cohort.purpose)
+        plans = self._plans(method, ground, cohort, phases)
+        if len(phases) == 1 and short(plans[0], ground.exact):
+            return self._at_once(method, ground, cohort, phases[0], plans[0], table, alike, apart)
+        fields = fields_of(*table)
+        worked = self._phases(method, ground, cohort, phases, plans, fields, alike, apart)
+        finish = _Finish(method, cohort.purpose)
+        fields["steps"] = worked.steps.to(ground.dtype)
+        out, _ = self.graphs.call(
+            finish.tag, finish, fields, worked.params, alike, apart, worked.carry, cohort.kept
+        )
+        updates = Updates(out["delta"], out["values"], out["buffers"], out["scalars"])
+        return Done(updates, out["kept"], *worked[2:])
+
+    def _params(self, method: Method, ground: Ground, cohort: Cohort) -> Tree:
+        phases = method.phases(cohort.purpose)
+        plans = self._plans(method, ground, cohort, phases)
+        fields = fields_of(*table_of(cohort, ground))
+        alike, apart = _downloads(cohort.downs)
+        return self._phases(method, ground, cohort, phases, plans, fields, alike, apart).params
+
+    def _plans(
+        self, method: Method, ground: Ground, cohort: Cohort, phases: Sequence[Phase]
+    ) -> list[Plan]:
         plans: list[Plan] = []
         for number, phase in enumerate(phases):
             keys = seeds.keys_of(cohort.keys, number)
             plans.append(ground.plan(method, phase, replace(cohort, keys=keys)))
-        if len(phases) == 1 and short(plans[0], ground.exact):
-            return self._at_once(method, ground, cohort, phases[0], plans[0], table, alike, apart)
-        fields = fields_of(*table)
+        return plans
+
+    def _phases(
+        self,
+        method: Method,
+        ground: Ground,
+        cohort: Cohort,
+        phases: Sequence[Phase],
+        plans: Sequence[Plan],
+        fields: dict[str, Tensor],
+        alike: Tree,
+        apart: Tree,
+    ) -> _Worked:
+        """`start` and the phases after it, of all clients at once."""
         start = _Start(method, cohort.purpose)
         begun, _ = self.graphs.call(start.tag, start, fields, alike, apart, cohort.kept)
         params, carry = begun["params"], begun["carry"]
-        steps = examples = gradients = loss = torch.zeros(n, dtype=ground.dtype)
+        steps = examples = gradients = loss = torch.zeros(len(cohort), dtype=ground.dtype)
         aux: Tree = {}
         for number, (phase, plan) in enumerate(zip(phases, plans, strict=True)):
             work = vectorised(
@@ -92,14 +131,9 @@ class Vectorised:
             )
             params, carry, loss, aux = work.params, work.carry, work.loss, work.aux
             steps, examples = steps + work.steps, examples + work.examples
-            gradients = gradients + work.examples * work.grads
-        finish = _Finish(method, cohort.purpose)
-        fields["steps"] = steps.to(ground.dtype)
-        out, _ = self.graphs.call(
-            finish.tag, finish, fields, params, alike, apart, carry, cohort.kept
-        )
-        updates = Updates(out["delta"], out["values"], out["buffers"], out["scalars"])
-        return Done(updates, out["kept"], loss, aux, steps, examples, gradients)
+            each = ground.cost.get(phase.name, work.grads)
+            gradients = gradients + work.examples * each
+        return _Worked(params, carry, loss, aux, steps, examples, gradients)
 
     def _at_once(
         self,
@@ -140,8 +174,20 @@ class Vectorised:
             out["aux"],
             out["steps"],
             out["examples"],
-            out["examples"] * grads,
+            out["examples"] * ground.cost.get(phase.name, grads),
         )
+
+
+class _Worked(NamedTuple):
+    """What start and phases left, per client; the sums as in `Done`."""
+
+    params: Tree
+    carry: Any
+    loss: Tensor
+    aux: Tree
+    steps: Tensor
+    examples: Tensor
+    gradients: Tensor
 
 
 @cache
@@ -237,19 +283,6 @@ def _downloads(downs: Sequence[Tree]) -> tuple[Tree, Tree]:
     down = stack_alike(downs)
     alike = {name: x[0] for name, x in down.items() if len(downs) > 1 and x.stride(0) == 0}
     return alike, {name: x for name, x in down.items() if name not in alike}
-
-
-def _part(cohort: Cohort, rows: np.ndarray) -> Cohort:
-    index = torch.from_numpy(rows)
-    return replace(
-        cohort,
-        clients=cohort.clients[rows],
-        keys=cohort.keys[rows],
-        ranks=cohort.ranks[rows],
-        versions=cohort.versions[rows],
-        downs=[cohort.downs[i] for i in rows],
-        kept={name: x[index] for name, x in cohort.kept.items()},
-    )
 
 
 def _joined(done: Sequence[Done], order: Tensor) -> Done:

@@ -18,7 +18,7 @@ from isthmus.federated.adapters.lora import LoraMethod
 from isthmus.federated.cohort import Cohort, Done, Executor, Ground
 from isthmus.federated.method import Method
 from isthmus.federated.round import Federation
-from isthmus.federated.score import model_of
+from isthmus.federated.score import models_of
 from isthmus.models.bind import bind, tensors_of
 from isthmus.run.build import Built, build
 from isthmus.run.checkpoint import flat
@@ -29,7 +29,7 @@ from isthmus.wire.ledger import Ledger
 
 HOOKS = (
     *("send", "start", "phases", "plan", "loss", "step", "finish", "weigh", "server", "predict"),
-    *("roles", "init", "keep", "served", "reduce"),
+    *("attach", "roles", "init", "keep", "served", "reduce"),
 )
 TOLERANCE = 1e-5
 """Between executors in float32 after two rounds, relative to the norm of a tensor."""
@@ -44,6 +44,9 @@ class Watched:
         self.inner = inner
         self.uploads: list[Updates] = []
         self.changed: set[str] = set()
+
+    def params(self, method: Method, ground: Ground, cohort: Cohort) -> Tree:
+        return self.inner.params(method, ground, cohort)
 
     def run(self, method: Method, ground: Ground, cohort: Cohort) -> Done:
         given: dict[str, Tree] = {
@@ -234,12 +237,12 @@ def _outputs(built: Built) -> Tensor:
     """What each client's model says to the test items `[clients, items, ...]`."""
     fed = built.federation
     inputs = built.task.inputs(built.splits.test.columns)
-    kept = fed.store.get(np.arange(CLIENTS))
+    everyone = np.arange(CLIENTS)
+    kept = fed.store.get(everyone)
     said = []
-    with torch.no_grad():
-        for client in range(CLIENTS):
-            mine = tree.row(kept, client)
-            bound = bind(fed.ground.module, model_of(fed, mine))
+    for client, tensors in enumerate(models_of(fed, everyone, kept)):
+        mine, bound = tree.row(kept, client), bind(fed.ground.module, tensors)
+        with torch.no_grad():
             said.append(fed.method.predict(built.task, bound, inputs, None, mine))
     return torch.stack(said)
 
