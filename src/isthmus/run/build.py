@@ -261,6 +261,10 @@ def _optimiser(config: Config) -> optim.Optimiser:
 def _executor(config: Config, method: Method) -> Executor:
     if config.executor == "sequential":
         return Sequential()
+    if config.executor == "flower":
+        from isthmus.federated.executors.flower import InProcess
+
+        return InProcess()
     return Vectorised(cast(Mode, config.compile), config.chunk)
 
 

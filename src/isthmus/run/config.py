@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from isthmus.errors import InputError
 
-Executor = Literal["auto", "vectorised", "sequential"]
+Executor = Literal["auto", "vectorised", "sequential", "ray", "flower"]
 Compile = Literal["auto", "none", "trace", "compile"]
 
 
