@@ -44,9 +44,7 @@ class InProcess:
         from isthmus.federated.flower.grid import Grid
 
         clients = cohort.clients.tolist()
-        site = _Here(
-            method, ground, {c: tree.row(cohort.kept, i) for i, c in enumerate(clients)}
-        )
+        site = _Here(method, ground, {c: tree.row(cohort.kept, i) for i, c in enumerate(clients)})
         nodes = {client: client + internals.SERVER_NODE + 1 for client in clients}
         count = len(ground.owned)
         contexts = {

@@ -218,9 +218,7 @@ def _packed(
     return encode(message, schema, session=round, sequence=client)
 
 
-def _unpacked(
-    data: bytes, schema: Schema, parts: Sequence[str]
-) -> tuple[Message, dict[str, Tree]]:
+def _unpacked(data: bytes, schema: Schema, parts: Sequence[str]) -> tuple[Message, dict[str, Tree]]:
     """A message and its tensors by part; what is not finite is left to the guard of the run."""
     message = decode(data, schema, finite=False)
     split: dict[str, Tree] = {part: {} for part in parts}
