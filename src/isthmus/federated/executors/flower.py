@@ -116,10 +116,10 @@ def exchange(
     from flwr.app import Message
 
     answers: dict[int, bytes] = {}
+    wrong: dict[int, str] = {}
     for _ in range(tries):
         left = [i for i in range(len(nodes)) if i not in answers]
         at = {nodes[i]: i for i in left}
-        wrong: dict[int, str] = {}
         replies: Sequence[Message] = grid.send_and_receive(
             [Message(content(asked[i]), nodes[i], "train") for i in left]
         )

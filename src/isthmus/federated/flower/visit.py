@@ -46,7 +46,7 @@ VISIT = Schema(
     },
     None,
 )
-"""Tensors `down/` and `base/` (frozen ones that the server has changed); its session is the round."""
+"""Tensors `down/` and `base/` (frozen, and changed by the server); its session is the round."""
 
 ANSWER = Schema(
     "answer",
@@ -54,7 +54,7 @@ ANSWER = Schema(
     {name: Field("f64") for name in ("loss", "steps", "examples", "gradients")} | {"order": ORDER},
     None,
 )
-"""Tensors of the upload (`delta/` ...) and `aux/`; its session is the round, its sequence the client."""
+"""Tensors of the upload (`delta/` ...) and `aux/`; its sequence is the client."""
 
 KEPT = Schema("kept", 6, {"order": ORDER}, None)
 
@@ -124,7 +124,9 @@ def together(answers: Sequence[bytes], kept: Sequence[Tree]) -> Done:
     loss, steps, examples, gradients = torch.tensor(rows).T
     stacked = {part: tree.stack([parts[part] for _, parts in read]) for part in (*PARTS, "aux")}
     aux = stacked.pop("aux")
-    return Done(Updates(**stacked), tree.stack(kept), loss, aux, steps, examples, gradients)
+    return Done(
+        Updates(**cast(Any, stacked)), tree.stack(kept), loss, aux, steps, examples, gradients
+    )
 
 
 def client_app(site: Callable[[Context], Site]) -> Any:
