@@ -43,9 +43,9 @@ class Vectorised:
         groups = self._groups(method, ground, cohort)
         if len(groups) == 1:
             return self._run(method, ground, cohort)
-        done = [self._run(method, ground, _part(cohort, rows)) for rows in groups]
+        done = [self._run(method, ground, part_of(cohort, rows)) for rows in groups]
         order = torch.from_numpy(np.argsort(np.concatenate(groups), kind="stable"))
-        return _joined(done, order)
+        return joined(done, order)
 
     def _groups(self, method: Method, ground: Ground, cohort: Cohort) -> list[np.ndarray]:
         everyone = np.arange(len(cohort))
@@ -239,7 +239,8 @@ def _downloads(downs: Sequence[Tree]) -> tuple[Tree, Tree]:
     return alike, {name: x for name, x in down.items() if name not in alike}
 
 
-def _part(cohort: Cohort, rows: np.ndarray) -> Cohort:
+def part_of(cohort: Cohort, rows: np.ndarray) -> Cohort:
+    """Some clients of a cohort."""
     index = torch.from_numpy(rows)
     return replace(
         cohort,
@@ -252,7 +253,9 @@ def _part(cohort: Cohort, rows: np.ndarray) -> Cohort:
     )
 
 
-def _joined(done: Sequence[Done], order: Tensor) -> Done:
+def joined(done: Sequence[Done], order: Tensor) -> Done:
+    """What several parts did as one, with the clients in this order."""
+
     def cat(trees: Sequence[Tree]) -> Tree:
         return {name: torch.cat([t[name] for t in trees])[order] for name in trees[0]}
 
