@@ -33,19 +33,27 @@ METHODS = [
 ]
 """Nothing kept, much kept, mixing before training, factors and a backbone that changes."""
 
+
+def settings(name: str) -> dict[str, Any]:
+    """Unequal ranks, and with FedMomentum a backbone that changes in every round."""
+    return {**mixed_ranks(name), **({"settings": {"tau": 1.0}} if name == "fedmomentum" else {})}
+
+
 SMALL = f"{Path(__file__).parent / 'small.py'}:task"
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_in_process_is_the_reference(name: str) -> None:
     task = tiny.task(dropout=0.3)
-    keys = {**PARTIAL, **mixed_ranks(name)}
+    keys = {**PARTIAL, **settings(name)}
     reference = tiny.play(name, task, 4, **keys)
     flower = tiny.play(name, task, 4, executor="flower", **keys)
     assert tree.equal(tiny.state(reference), tiny.state(flower))
     assert tree.equal(tiny.kept(reference), tiny.kept(flower))
     assert list(reference.ledger.rows()) == list(flower.ledger.rows())
     assert type(flower.executor).__name__ == "InProcess"
+    if name == "fedmomentum":
+        assert flower.method.version(flower.state) > 1
 
 
 def test_what_is_not_finite_is_left_to_the_guard() -> None:
@@ -94,11 +102,13 @@ def reference(keys: dict[str, Any]) -> Federation:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_halves_are_the_reference(name: str) -> None:
-    keys = keys_of(name, cohort=2, **mixed_ranks(name))
+    keys = keys_of(name, cohort=2, **settings(name))
     fed, built = reference(keys), deployed(keys)
     assert tree.equal(tiny.state(fed), tiny.state(built.federation))
     assert list(fed.ledger.rows()) == list(built.federation.ledger.rows())
     assert built.federation.ground.columns == {} and built.federation.store.initial == {}
+    if name == "fedmomentum":
+        assert fed.method.version(fed.state) > 1
 
 
 def test_a_client_has_its_own_rows_only() -> None:

@@ -37,6 +37,7 @@ class Ray:
         quiet()
         self.ray = need("ray", "ray")
         self.workers, self.compile, self.chunk = workers, compile, chunk
+        self._first: Tree = {}
         self._held: dict[int, Tree] = {}
         self._actors: dict[int, Any] = {}
         self._given: tuple[Method, Ground, Any] | None = None
@@ -74,6 +75,7 @@ class Ray:
         for name, module in list(sys.modules.items()):
             if name.startswith(catalogue.OWN):  # loaded from a path: no worker can import these
                 self.ray.cloudpickle.register_pickle_by_value(module)
+        self._first = dict(ground.base)
         self._given = method, ground, self.ray.put((method, ground, self.compile, self.chunk))
 
     def _send(self, i: int, ground: Ground, part: Cohort) -> Any:
@@ -81,7 +83,7 @@ class Ray:
         assert self._given is not None  # `run` has begun
         if i not in self._actors:
             self._actors[i] = self.ray.remote(num_cpus=1)(_Worker).remote(self._given[2])
-            self._held[i] = {}
+            self._held[i] = self._first
         now, held = dict(ground.base), self._held[i]
         changed = {name: x for name, x in now.items() if x is not held.get(name)}
         self._held[i] = now
@@ -102,5 +104,7 @@ class _Worker:
 
     def run(self, part: Cohort, base: Tree) -> Done:
         self.ground.base.update(base)
-        own = {name: getattr(part, name).copy() for name in ("clients", "keys", "ranks", "versions")}
+        own = {
+            name: getattr(part, name).copy() for name in ("clients", "keys", "ranks", "versions")
+        }
         return self.executor.run(self.method, self.ground, replace(part, **own))
