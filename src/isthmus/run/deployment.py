@@ -183,20 +183,28 @@ def _deploy(built: Built, grid: Any) -> None:
 def _play(built: Built, folder: Folder | None) -> None:
     """All rounds. Models of the clients' own cannot be scored here: they are not here."""
     config, fed = built.config, built.federation
+    _scored(built, folder)
     while fed.round < config.rounds:
         report = fed.step()
         last = fed.round == config.rounds
         due = last or (config.evaluate and fed.round % config.evaluate == 0)
-        rows: list[dict[str, Any]] = []
-        if due and not personal(fed):
-            rows = list(score(fed, built.task, built.splits.test, None, "test"))
-        if folder is not None:
-            folder.write_metrics(rows)
-        scores = {name: x for name, x in rows[0].items() if name not in _WHERE} if rows else {}
-        said = ", ".join(f"test {name} {value:.4g}" for name, value in scores.items())
-        print(f"round {report.round}: training loss {report.loss:.4f} {said}", flush=True)
+        scores = _scored(built, folder) if due else {}
+        words = [f"training loss {report.loss:.4f}"]
+        words += [f"test {name} {value:.4g}" for name, value in scores.items()]
+        print(f"round {report.round}: {', '.join(words)}", flush=True)
     if folder is not None:
         saved.save(folder.path, built, api.finished(fed, built.task))
+
+
+def _scored(built: Built, folder: Folder | None) -> dict[str, float]:
+    """The shared model's metrics on the server's test items, also written down."""
+    fed = built.federation
+    if personal(fed):
+        return {}
+    rows = list(score(fed, built.task, built.splits.test, None, "test"))
+    if folder is not None:
+        folder.write_metrics(rows)
+    return {name: value for name, value in rows[0].items() if name not in _WHERE}
 
 
 _WHERE = ("round", "t", "scope", "split")

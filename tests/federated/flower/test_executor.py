@@ -212,7 +212,7 @@ def test_a_run_folder_is_left(tmp_path: Path) -> None:
     keys = {**keys_of("fedavg"), "evaluate": 2, "task": "digits", "out": str(out)}
     keys.pop("partition")
     play(deployment.server_app(), deployment.node_app(), flat(keys), 3, Link(), Ledger())
-    assert (out / "metrics.jsonl").read_text().count('"scope": "global"') == 2
+    assert (out / "metrics.jsonl").read_text().count('"scope": "global"') == 3
     shared = isthmus.load(out).state_dict()
     plain = reference({k: v for k, v in keys.items() if k != "out"})
     assert all(torch.equal(shared[name], x) for name, x in plain.state["shared"].items())
