@@ -37,9 +37,11 @@ class Fake:
     """Ray's few functions in this process; the calls whose numbers are in `deaths` kill."""
 
     class exceptions:
-        class RayError(Exception): ...
+        class RayActorError(Exception): ...
 
-        class RayTaskError(RayError):
+        WorkerCrashedError = NodeDiedError = ObjectLostError = OutOfMemoryError = RayActorError
+
+        class RayTaskError(Exception):
             def __init__(self, cause: BaseException) -> None:
                 self.cause = cause
 
@@ -64,26 +66,23 @@ class Fake:
     def put(self, given: Any) -> Any:
         return copy.deepcopy(given)
 
-    def remote(self, **options: Any) -> Any:
-        def of(kind: Any) -> Any:
-            def start(given: Any) -> Any:
-                self.workers += 1
-                number, worker = self.workers, kind(copy.deepcopy(given))
+    def remote(self, kind: Any) -> Any:
+        def start(given: Any) -> Any:
+            self.workers += 1
+            number, worker = self.workers, kind(copy.deepcopy(given))
 
-                def run(part: Any, base: Any) -> Any:
-                    self.sent.append((number, list(base)))
-                    return lambda: worker.run(copy.deepcopy(part), copy.deepcopy(base))
+            def run(part: Any, base: Any) -> Any:
+                self.sent.append((number, list(base)))
+                return lambda: worker.run(copy.deepcopy(part), copy.deepcopy(base))
 
-                return SimpleNamespace(run=SimpleNamespace(remote=run))
+            return SimpleNamespace(run=SimpleNamespace(remote=run))
 
-            return SimpleNamespace(remote=start)
-
-        return of
+        return SimpleNamespace(remote=start)
 
     def get(self, reference: Any) -> Any:
         self.calls += 1
         if self.calls in self.deaths:
-            raise self.exceptions.RayError("killed")
+            raise self.exceptions.RayActorError("killed")
         try:
             return reference()
         except Exception as error:
@@ -131,6 +130,12 @@ def test_a_part_that_kills_every_worker_is_given_up(monkeypatch: pytest.MonkeyPa
 def test_more_workers_than_processors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="workers: 3 given, allowed: 1 to 2"):
         spread(monkeypatch, Fake(set(), cpus=2), "fedavg", 1)
+
+
+def test_an_input_error_comes_whole_out_of_another_process() -> None:
+    error = copy.copy(InputError("workers", 3, "1 to 2", "two"))  # by `__reduce__`, as Ray does
+    assert str(error) == "workers: 3 given, allowed: 1 to 2; nearest: two"
+    assert (error.field, error.given, error.nearest) == ("workers", "3", "two")
 
 
 # -- with Ray -----------------------------------------------------------------------------

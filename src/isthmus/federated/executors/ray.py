@@ -26,6 +26,15 @@ from isthmus.federated.method import Method
 from isthmus.learn.graph import Mode
 from isthmus.tree import Tree
 
+DEAD = (
+    "RayActorError",
+    "WorkerCrashedError",
+    "NodeDiedError",
+    "ObjectLostError",
+    "OutOfMemoryError",
+)
+"""What Ray raises when a process or its machine is gone; anything else is a fault of the work."""
+
 DEATHS = 5
 """Workers that may die over one part of a cohort; more is no accident."""
 
@@ -47,6 +56,7 @@ class Ray:
             self._begin(method, ground)
         parts = [rows for rows in np.array_split(np.arange(len(cohort)), self.workers) if len(rows)]
         done: dict[int, Done] = {}
+        deaths = tuple(getattr(self.ray.exceptions, name) for name in DEAD)
         for _ in range(DEATHS):
             left = [i for i in range(len(parts)) if i not in done]
             begun = [(i, self._send(i, ground, part_of(cohort, parts[i]))) for i in left]
@@ -55,7 +65,7 @@ class Ray:
                     done[i] = self.ray.get(reference)
                 except self.ray.exceptions.RayTaskError as error:
                     raise error.cause from None  # a fault of the visit, not of its worker
-                except self.ray.exceptions.RayError:
+                except deaths:
                     self._actors.pop(i, None)
             if len(done) == len(parts):
                 made = [done[i] for i in range(len(parts))]
@@ -82,7 +92,9 @@ class Ray:
         """Have the i-th worker run a part; a new worker where there is none."""
         assert self._given is not None  # `run` has begun
         if i not in self._actors:
-            self._actors[i] = self.ray.remote(num_cpus=1)(_Worker).remote(self._given[2])
+            # Without `num_cpus` an actor is placed by a processor and then reserves none: two runs
+            # in one process, as when methods are compared, do not wait for each other for ever.
+            self._actors[i] = self.ray.remote(_Worker).remote(self._given[2])
             self._held[i] = self._first
         now, held = dict(ground.base), self._held[i]
         changed = {name: x for name, x in now.items() if x is not held.get(name)}
