@@ -53,7 +53,7 @@ VERBS: dict[str, dict[str, str]] = {
         "claim": "reproduce a paper's claim in miniature",
         "bench": "the comparison tables",
         "check": "run the contract tests on your own method or task",
-        "flower-run": "run a method as a Flower deployment",
+        "flower-run": "run an unmodified Flower app in this process, every message counted",
     },
 }
 

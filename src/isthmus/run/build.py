@@ -288,7 +288,8 @@ def _resolved(config: Config, stage: Stage, kind: type[Method], module: nn.Modul
         executor = "vectorised" if kind.vectorise else "sequential"
     compile = config.compile
     if compile == "auto":
-        compile = "trace" if executor == "vectorised" and size <= SMALL else "none"
+        several = executor in ("vectorised", "ray")
+        compile = "trace" if several and size <= SMALL else "none"
         if issubclass(kind, LoraMethod):
             compile = "none"
     return config.model_copy(
@@ -302,6 +303,7 @@ def _resolved(config: Config, stage: Stage, kind: type[Method], module: nn.Modul
             if config.cohort is None
             else config.cohort,
             "threads": torch.get_num_threads(),
+            "workers": config.workers or (os.cpu_count() or 1) * (executor == "ray"),
         }
     )
 
@@ -314,6 +316,14 @@ def _optimiser(config: Config) -> optim.Optimiser:
 def _executor(config: Config, method: Method) -> Executor:
     if config.executor == "sequential":
         return Sequential()
+    if config.executor == "flower":
+        from isthmus.federated.executors.flower import InProcess
+
+        return InProcess()
+    if config.executor == "ray":
+        from isthmus.federated.executors.ray import Ray
+
+        return Ray(config.workers, cast(Mode, config.compile), config.chunk)
     return Vectorised(cast(Mode, config.compile), config.chunk)
 
 

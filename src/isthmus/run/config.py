@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from isthmus.errors import InputError
 
-Executor = Literal["auto", "vectorised", "sequential"]
+Executor = Literal["auto", "vectorised", "sequential", "ray", "flower"]
 Compile = Literal["auto", "none", "trace", "compile"]
 
 
@@ -110,6 +110,9 @@ class Config(BaseModel):
     compile: Compile = Field("auto", description="replay (trace) or compile the clients' steps")
     chunk: int = Field(0, ge=0, description="clients in memory at a time (0: the whole cohort)")
     threads: int | None = Field(None, ge=1, description="threads of arithmetic")
+    workers: int = Field(
+        0, ge=0, description="processes of the ray executor (0: one for each processor)"
+    )
 
     evaluate: int = Field(1, ge=0, description="score every so many rounds (0: before and after)")
     evaluate_items: int | None = Field(

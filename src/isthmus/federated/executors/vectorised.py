@@ -44,7 +44,7 @@ class Vectorised:
             return self._run(method, ground, cohort)
         done = [self._run(method, ground, cohort.take(rows)) for rows in groups]
         order = torch.from_numpy(np.argsort(np.concatenate(groups), kind="stable"))
-        return _joined(done, order)
+        return joined(done, order)
 
     def params(self, method: Method, ground: Ground, cohort: Cohort) -> Tree:
         groups = self._groups(method, ground, cohort)
@@ -311,7 +311,9 @@ def _downloads(downs: Sequence[Tree]) -> tuple[Tree, Tree]:
     return alike, {name: x for name, x in down.items() if name not in alike}
 
 
-def _joined(done: Sequence[Done], order: Tensor) -> Done:
+def joined(done: Sequence[Done], order: Tensor) -> Done:
+    """What several parts did as one, with the clients in this order."""
+
     def cat(trees: Sequence[Tree]) -> Tree:
         return {name: torch.cat([t[name] for t in trees])[order] for name in trees[0]}
 
