@@ -1,6 +1,6 @@
 """Peers that move: islands of like labels, joined by random or by label-driven travel.
 
-The papers claim that decentralised training converges in sparse networks once some users move,
+Paper claims: decentralised training converges in sparse networks once some users move,
 that a small moving share already helps much, and that motion induced by label distributions beats
 random motion (by up to 8 % where labels differ most).
 

@@ -173,7 +173,9 @@ class Asynchronous(Federation):
         for number, phase in enumerate(phases):
             keys = seeds.keys_of(cohort.keys, number)
             plan = self.ground.plan(self.method, phase, cohort, keys)
-            gradients += float((plan.weight > 0).sum()) * self.ground.cost.get(phase.name, 1.0)
+            live = plan.weight > 0
+            steps, examples = float(live.any(-1).sum()), float(live.sum())
+            gradients += self.ground.gradients(phase, steps, examples, 1)
         if any(phase.until is not None for phase in phases):
             gradients = self._compute([flight])
         flops = np.array([gradients * self.flops])

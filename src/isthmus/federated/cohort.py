@@ -114,15 +114,16 @@ class Done:
 class Ground:
     """What all clients stand on: the model, its frozen tensors, the pool of data, who owns it.
 
-    `cost` is what one step of a phase costs for an example, in gradients of the task's loss, by
-    the phase's name; without it every gradient that a step takes is one.
+    `cost` is what a step of a phase costs, and what each example in it costs more, in gradients of
+    the task's loss, by the phase's name; without it every gradient that a step takes is one an
+    example.
     """
 
     module: nn.Module
     base: Tree
     columns: Tree
     owned: Owned
-    cost: Mapping[str, float] = field(default_factory=dict)
+    cost: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @cached_property
     def exact(self) -> bool:
@@ -133,6 +134,11 @@ class Ground:
     def dtype(self) -> torch.dtype:
         """The type in which the model computes."""
         return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
+
+    def gradients(self, phase: Phase, steps: Any, examples: Any, grads: int) -> Any:
+        """The work of some steps over some examples, in gradients of the loss on one example."""
+        step, example = self.cost.get(phase.name, (0.0, grads))
+        return steps * step + examples * example
 
     def plan(
         self, method: Method, phase: Phase, cohort: Cohort, keys: np.ndarray | None = None

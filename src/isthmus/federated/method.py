@@ -116,6 +116,8 @@ class Method:
     product_space: ClassVar[bool] = False
     stacks: ClassVar[bool] = False
     """The server keeps every upload (`federated.stack`), not one mean of them."""
+    reads_meta: ClassVar[bool] = False
+    """Its server half reads how much each client has or did, which a mask would hide."""
     plugs_in: ClassVar[bool] = False
     """May stand before another method, as in `dbe+fedprox`: its hooks go on to `super()`."""
 

@@ -454,7 +454,8 @@ def _pieces(config: Config, method: Method, path: Path, schedule: Any) -> compat
         server=cast(Any, (*["selector"] * len(path.selectors), reducer)),
         attack=path.attack is not None,
         mask=config.mask is not None,
-        individual=config.mask is not None and type(method).reduce is not Method.reduce,
+        individual=config.mask is not None
+        and (method.reads_meta or type(method).reduce is not Method.reduce),
         schedule=schedule.kind,
         backbone=getattr(method, "keeps_base", False),
         server_half=_server_half(type(method)),
@@ -487,26 +488,34 @@ def _flops(stage: Stage, module: nn.Module, tensors: Tree, named: Names, items: 
     return count_flops(gradient) / size
 
 
-def _cost(method: Method, ground: Ground, tensors: Tree, flops: float) -> dict[str, float]:
-    """What a step of each phase costs for one example, in gradients of the stage's loss.
+def _cost(
+    method: Method, ground: Ground, tensors: Tree, flops: float
+) -> dict[str, tuple[float, float]]:
+    """What a step of each phase costs, and each example in it, in gradients of the stage's loss.
 
-    Counted by taking one step; empty for a method whose only step is that gradient.
+    Counted by taking a step on one example and one on two; empty for a method whose only step is
+    that gradient.
     """
     kind = type(method)
     plain = kind.phases is Method.phases and kind.step is Method.step and kind.loss is Method.loss
     if plain or not flops:
         return {}
-    size = 2 if ground.exact else 1  # one item has no variance
-    plan = Plan(torch.zeros(1, size, dtype=torch.int64), torch.ones(1, size, dtype=ground.dtype))
+    least = 2 if ground.exact else 1  # one item has no variance
     _, _, params, carry = _first_start(method, tensors, method.keep(tensors))
-    cost: dict[str, float] = {}
+    cost: dict[str, tuple[float, float]] = {}
     for purpose in get_args(Purpose):
         for phase in method.phases(purpose):
-            step = partial(
-                sequential, phase, ground.module, ground.base, params, carry, ground.columns,
-                plan, 0, torch.tensor(1e-3, dtype=ground.dtype),
-            )  # fmt: skip
-            cost[phase.name] = count_flops(step) / size / flops
+            counted: list[int] = []
+            for size in (least, least + 1):
+                index = torch.zeros(1, size, dtype=torch.int64)
+                plan = Plan(index, torch.ones(1, size, dtype=ground.dtype))
+                step = partial(
+                    sequential, phase, ground.module, ground.base, params, carry, ground.columns,
+                    plan, 0, torch.tensor(1e-3, dtype=ground.dtype),
+                )  # fmt: skip
+                counted.append(count_flops(step))
+            example = counted[1] - counted[0]
+            cost[phase.name] = (counted[0] - least * example) / flops, example / flops
     return cost
 
 

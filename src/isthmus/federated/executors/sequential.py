@@ -79,6 +79,8 @@ class Sequential:
             params, carry, loss, aux = work.params, work.carry, work.loss, work.aux
             steps += float(work.steps)
             examples += float(work.examples)
-            gradients += float(work.examples) * ground.cost.get(phase.name, work.grads)
+            gradients += ground.gradients(
+                phase, float(work.steps), float(work.examples), work.grads
+            )
         visit = replace(visit, steps=torch.tensor(steps, dtype=visit.steps.dtype))
         return visit, params, carry, (float(loss), steps, examples, gradients), aux

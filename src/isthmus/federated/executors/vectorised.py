@@ -130,8 +130,8 @@ class Vectorised:
             )
             params, carry, loss, aux = work.params, work.carry, work.loss, work.aux
             steps, examples = steps + work.steps, examples + work.examples
-            each = ground.cost.get(phase.name, work.grads)
-            gradients = gradients + work.examples * each
+            more = ground.gradients(phase, work.steps, work.examples, work.grads)
+            gradients = gradients + more
         return _Worked(params, carry, loss, aux, steps, examples, gradients)
 
     def _at_once(
@@ -212,7 +212,7 @@ class _Visit:
         module: nn.Module,
         uneven: bool,
         joined: bool,
-        cost: float | None,
+        cost: tuple[float, float] | None,
     ) -> None:
         self.start, self.finish = _Start(method, purpose), _Finish(method, purpose)
         self.joined, self.cost = joined, cost
@@ -243,8 +243,11 @@ class _Visit:
         out, _ = self.finish(fields, work["params"], alike, apart, work["carry"], kept)
         out = _side_by_side(out) if self.joined else out
         sums = {name: work[name] for name in ("loss", "aux", "steps", "examples")}
-        each = grads if self.cost is None else self.cost
-        return {**out, **sums, "gradients": work["examples"] * each}, None
+        step, example = self.cost or (0.0, grads)
+        gradients = work["examples"] * example
+        if step:
+            gradients = gradients + work["steps"] * step
+        return {**out, **sums, "gradients": gradients}, None
 
 
 class _Start:

@@ -29,6 +29,8 @@ from isthmus.tree import Tree
 class FedNova(Method):
     """Overrides U and V."""
 
+    reads_meta = True
+
     def __post_init__(self) -> None:
         plain_sgd(self)
 
