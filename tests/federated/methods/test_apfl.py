@@ -33,7 +33,7 @@ def test_by_hand() -> None:
         made = []
         for i in range(5):
             local, v, alpha = w, owns[i], alphas[i]
-            for x, y in by_hand.batches(fed, by_hand.key_of(fed, round, i), i, 2):
+            for t, (x, y) in enumerate(by_hand.batches(fed, by_hand.key_of(fed, round, i), i, 2)):
                 mixed = {n: alpha * v[n] + (1 - alpha) * local[n] for n in w}
                 g = by_hand.gradient(by_hand.entropy, local, x, y)
                 h = by_hand.gradient(by_hand.entropy, mixed, x, y)
@@ -41,7 +41,7 @@ def test_by_hand() -> None:
                 local, v, alpha = (
                     {n: local[n] - 0.4 * g[n] for n in w},
                     {n: v[n] - 0.4 * alpha * h[n] for n in w},
-                    min(1.0, max(0.0, alpha - 0.4 * along)),
+                    min(1.0, max(0.0, alpha - 0.4 * along)) if t == 0 else alpha,
                 )
             owns[i], alphas[i] = v, alpha
             made.append(local)

@@ -6,12 +6,13 @@ Claim: the mixture generalises better on a client's data than either model alone
     m_i = alpha_i v_i + (1 - alpha_i) w_i
     each local step:  w_i <- w_i - lr * grad f_i(w_i)
                       v_i <- v_i - lr * alpha_i grad f_i(m_i)
-                      alpha_i <- alpha_i - lr * <v_i - w_i, grad f_i(m_i)>, kept within [0, 1]
+    the first also:   alpha_i <- alpha_i - lr * <v_i - w_i, grad f_i(m_i)>, kept within [0, 1]
     send w_i, averaged as in FedAvg;  v_i and alpha_i stay;  predict with m_i
 
 The two other updates are those of gradient descent on f_i(m_i) with w_i held fixed, and are written
-so. alpha_i moves with every step (the paper allows once a round). What a client keeps is v_i, never
-the mixture, into which w would enter again in every round. alpha 0 is FedAvg, 1 is local training.
+so. alpha_i moves once a visit, while w_i still is the global model: later in it w_i has learned the
+client's data too, faster than v_i, and alpha_i would fall to 0. What a client keeps is v_i, never
+the mixture, into which w would enter again in every round. alpha 0 is FedAvg, 1 local training.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from isthmus import catalogue
 from isthmus.federated.method import Knobs
 from isthmus.federated.twin import Twin, parameters
-from isthmus.learn.phase import Carry, Grad, Opt, Phase, update_once
+from isthmus.learn.phase import Carry, Grad, Opt, Phase, Visit, update_once
 from isthmus.models.bind import bind
 from isthmus.models.factors import Places
 from isthmus.tasks.contract import Batch, Role
@@ -44,7 +46,7 @@ class Settings(Knobs):
 
 @catalogue.register("apfl", place="method", status="verified")
 class APFL(Twin):
-    """Overrides F, L, P, E; the shared model's path is FedAvg's."""
+    """Overrides S, F, L, P, E; the shared model's path is FedAvg's."""
 
     Settings = Settings
 
@@ -58,6 +60,10 @@ class APFL(Twin):
     @classmethod
     def roles(cls, given: Mapping[str, Role], places: Places) -> dict[str, Role]:
         return {**super().roles(given, places), ALPHA: "local"}
+
+    def start(self, visit: Visit, down: Tree, kept: Tree) -> tuple[Tree, Carry]:
+        params, _ = super().start(visit, down, kept)
+        return params, {"first": torch.ones_like(params[ALPHA])}
 
     def phases(self, purpose: str) -> list[Phase]:
         learned = (ALPHA,) if self.knobs.adaptive else ()
@@ -81,10 +87,11 @@ class APFL(Twin):
     def step(
         self, grad: Grad, params: Tree, opt: Opt, carry: Carry, batch: Batch
     ) -> tuple[Tree, Opt, Carry]:
-        params, opt, carry = update_once(grad, params, opt, carry, batch)
+        after, opt, carry = update_once(grad, params, opt, carry, batch)
         if self.knobs.adaptive:
-            params = {**params, ALPHA: params[ALPHA].clamp(0.0, 1.0)}
-        return params, opt, carry
+            moved = after[ALPHA].clamp(0.0, 1.0)
+            after = {**after, ALPHA: torch.where(carry["first"] > 0, moved, params[ALPHA])}
+        return after, opt, {"first": torch.zeros_like(carry["first"])}
 
     def predict(self, task: Any, model: Any, inputs: Tree, context: Any, kept: Tree) -> Any:
         return task.predict(self.mixture(model), inputs, context)

@@ -39,6 +39,10 @@ class FedBABU(FedPer):
 
     Settings = Settings
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.tuning = replace(self.local, epochs=self.knobs.tau_f, steps=None)
+
     def phases(self, purpose: str) -> list[Phase]:
         if purpose == "warm-up":
             return []
@@ -48,5 +52,6 @@ class FedBABU(FedPer):
         if purpose == "train":
             return [replace(both, trainable=body)]
         parts = {"head": head, "body": body, "full": both.trainable}
-        tune = replace(self.local, epochs=self.knobs.tau_f, steps=None).plans
-        return [replace(both, name="tune", trainable=parts[self.knobs.part], plans=tune)]
+        return [
+            replace(both, name="tune", trainable=parts[self.knobs.part], plans=self.tuning.plans)
+        ]

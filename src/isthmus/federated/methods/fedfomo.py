@@ -75,7 +75,10 @@ class FedFomo(Rows):
         super().__post_init__()
         if self.population < 2:
             raise InputError("clients", self.population, "two or more with method fedfomo")
-        self.m = min(self.knobs.M, self.population - 1)
+        self.m, s = min(self.knobs.M, self.population - 1), self.knobs.s
+        once = replace(self.local, epochs=1, steps=None)
+        self.judging = Portion(once, s) if s else once
+        self.training = Portion(self.local, s, rest=True) if s else self.local
 
     def init(self, tensors: Tree) -> State:
         n = self.population
@@ -117,12 +120,15 @@ class FedFomo(Rows):
         if purpose == "warm-up":
             return []
         (train,) = super().phases("train")
-        once, plans = replace(self.local, epochs=1, steps=None).plans, train.plans
-        if self.knobs.s:
-            once = Portion(replace(self.local, epochs=1, steps=None), self.knobs.s).plans
-            plans = Portion(self.local, self.knobs.s, rest=True).plans
-        mix = replace(train, name="mix", loss=self.judged, step=self.mix, plans=once, follow=None)
-        return [mix, replace(train, plans=plans)] if purpose == "train" else [mix]
+        mix = replace(
+            train,
+            name="mix",
+            loss=self.judged,
+            step=self.mix,
+            plans=self.judging.plans,
+            follow=None,
+        )
+        return [mix, replace(train, plans=self.training.plans)] if purpose == "train" else [mix]
 
     def judged(self, model: Any, batch: Batch, carry: Carry) -> tuple[Tensor, dict[str, Tensor]]:
         return judge.weighted(self.stage, model, carry["models"], batch), {}

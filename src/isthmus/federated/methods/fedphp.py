@@ -44,6 +44,10 @@ class FedPHP(Twin):
 
     Settings = Settings
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.once = replace(self.local, batch=0, epochs=1, steps=None)
+
     def start(self, visit: Visit, down: Tree, kept: Tree) -> tuple[Tree, Carry]:
         params, _ = super().start(visit, down, kept)
         t = visit.round.to(visit.lr.dtype)
@@ -53,9 +57,10 @@ class FedPHP(Twin):
         if purpose != "train":
             return []
         (train,) = super().phases(purpose)
-        once = replace(self.local, batch=0, epochs=1, steps=None).plans
         both = (*self.mine, *self.ours)
-        inherit = Phase("inherit", both, self.loss, self.local.optimiser, self.inherit, plans=once)
+        inherit = Phase(
+            "inherit", both, self.loss, self.local.optimiser, self.inherit, plans=self.once.plans
+        )
         return [train, inherit]
 
     def loss(self, model: Any, batch: Batch, carry: Carry) -> tuple[Tensor, dict[str, Tensor]]:

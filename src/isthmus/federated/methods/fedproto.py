@@ -65,7 +65,8 @@ class FedProto(Method):
         return halves.personal(given, lambda name: name not in (C, SEEN))
 
     def __post_init__(self) -> None:
-        self.idle = optim.sgd()
+        super().__post_init__()
+        self.idle, self.once = optim.sgd(), replace(self.local, epochs=1, steps=None)
 
     def start(self, visit: Visit, down: Tree, kept: Tree) -> tuple[Tree, Carry]:
         params, _ = super().start(visit, down, kept)
@@ -77,8 +78,7 @@ class FedProto(Method):
     def phases(self, purpose: str) -> list[Phase]:
         if purpose != "train":
             return []
-        once = replace(self.local, epochs=1, steps=None).plans
-        measure = Phase("measure", (), self.along, self.idle, self.measure, plans=once)
+        measure = Phase("measure", (), self.along, self.idle, self.measure, plans=self.once.plans)
         return [*super().phases(purpose), measure]
 
     def loss(self, model: Any, batch: Batch, carry: Carry) -> tuple[Tensor, dict[str, Tensor]]:

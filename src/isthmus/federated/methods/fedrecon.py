@@ -41,18 +41,21 @@ class FedRecon(FedPer):
 
     Settings = Settings
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.often = replace(self.local, epochs=self.knobs.k_r, steps=None)
+        self.even, self.odd = Portion(self.often, 2), Portion(self.local, 2, rest=True)
+
     def phases(self, purpose: str) -> list[Phase]:
         if purpose == "warm-up":
             return []
         (both,) = super().phases("train")
         head = tuple(n for n in both.trainable if halves.is_head(n))
         body = tuple(n for n in both.trainable if not halves.is_head(n))
-        often = replace(self.local, epochs=self.knobs.k_r, steps=None)
-        rebuild = replace(both, name="rebuild", trainable=head, plans=Portion(often, 2).plans)
+        rebuild = replace(both, name="rebuild", trainable=head, plans=self.even.plans)
         if purpose == "score":
-            return [replace(rebuild, name="rebuild on all", plans=often.plans)]
-        odd = Portion(self.local, 2, rest=True).plans
-        return [rebuild, replace(both, name="update", trainable=body, plans=odd)]
+            return [replace(rebuild, name="rebuild on all", plans=self.often.plans)]
+        return [rebuild, replace(both, name="update", trainable=body, plans=self.odd.plans)]
 
     def finish(
         self, visit: Visit, params: Tree, down: Tree, carry: Carry, kept: Tree

@@ -37,14 +37,17 @@ class FedRep(FedPer):
 
     Settings = Settings
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.often = replace(self.local, epochs=self.knobs.tau_h, steps=None)
+
     def phases(self, purpose: str) -> list[Phase]:
         if purpose != "train":
             return []
         (both,) = super().phases(purpose)
         head = tuple(n for n in both.trainable if halves.is_head(n))
         body = tuple(n for n in both.trainable if not halves.is_head(n))
-        often = replace(self.local, epochs=self.knobs.tau_h, steps=None).plans
         return [
-            replace(both, name="head", trainable=head, plans=often),
+            replace(both, name="head", trainable=head, plans=self.often.plans),
             replace(both, name="body", trainable=body),
         ]

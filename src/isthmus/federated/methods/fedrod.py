@@ -59,7 +59,8 @@ class FedRoD(Method):
         return halves.personal(given, lambda name: name.startswith("personal."))
 
     def __post_init__(self) -> None:
-        self.idle = optim.sgd()
+        super().__post_init__()
+        self.idle, self.once = optim.sgd(), replace(self.local, batch=0, epochs=1, steps=None)
 
     def start(self, visit: Visit, down: Tree, kept: Tree) -> tuple[Tree, Carry]:
         params, _ = super().start(visit, down, kept)
@@ -68,8 +69,7 @@ class FedRoD(Method):
     def phases(self, purpose: str) -> list[Phase]:
         if purpose != "train":
             return []
-        once = replace(self.local, batch=0, epochs=1, steps=None).plans
-        count = Phase("count", (), self.loss, self.idle, self.count, plans=once)
+        count = Phase("count", (), self.loss, self.idle, self.count, plans=self.once.plans)
         return [count, *super().phases(purpose)]
 
     def count(

@@ -59,7 +59,9 @@ class IFCA(Method):
         return judge.roles(given)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.reducer = Stack()
+        self.once = replace(self.local, epochs=1, steps=None)
 
     def init(self, tensors: Tree) -> State:
         def drawn(name: str, j: int) -> Tensor:
@@ -93,9 +95,13 @@ class IFCA(Method):
         if purpose == "warm-up":
             return []
         (train,) = super().phases("train")
-        once = replace(self.local, epochs=1, steps=None).plans
         choose = replace(
-            train, name="choose", loss=self.judged, step=self.choose, plans=once, follow=None
+            train,
+            name="choose",
+            loss=self.judged,
+            step=self.choose,
+            plans=self.once.plans,
+            follow=None,
         )
         return [choose, train] if purpose == "train" else [choose]
 

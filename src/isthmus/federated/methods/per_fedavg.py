@@ -61,6 +61,11 @@ class PerFedAvg(Method):
     def roles(cls, given: Mapping[str, Role], places: Places) -> dict[str, Role]:
         return {**given, DEALT: "frozen"}
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.wide = replace(self.local, batch=self.deals * self.local.batch)
+        self.one = replace(self.local, steps=1)
+
     @property
     def deals(self) -> int:
         """Batches in a step."""
@@ -71,10 +76,10 @@ class PerFedAvg(Method):
             return []
         (phase,) = super().phases("train")
         if purpose == "train":
-            wide = replace(self.local, batch=self.deals * self.local.batch)
-            return [replace(phase, plans=wide.plans)]
-        one = replace(self.local, steps=1).plans
-        return [replace(phase, name="adapt", loss=self.whole, step=self.adapt, plans=one)]
+            return [replace(phase, plans=self.wide.plans)]
+        return [
+            replace(phase, name="adapt", loss=self.whole, step=self.adapt, plans=self.one.plans)
+        ]
 
     def loss(self, model: Any, batch: Batch, carry: Carry) -> tuple[Tensor, dict[str, Tensor]]:
         weight = batch.weight
