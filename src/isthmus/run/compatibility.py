@@ -211,7 +211,12 @@ RULES: tuple[Rule, ...] = (
     Rule("gossip schedule", "method with a server of its own", False, "there is no server"),
     Rule("gossip schedule", "stack reducer", False, "there is no server to keep uploads"),
     Rule("gossip schedule", "coordinate reducer", True, "each receiver runs it on what it got"),
-    Rule("async schedule", "stack reducer", True, "each client has a model of its own"),
+    Rule(
+        "async schedule",
+        "stack reducer",
+        False,
+        "what is kept is measured from the model that a client would be sent now",
+    ),
     # How visits are executed.
     Rule("vectorised executor", "method that is not vectorised", False, "the method says why"),
     Rule("auto executor", "method that is not vectorised", True, "visits run one after another"),

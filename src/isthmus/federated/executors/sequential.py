@@ -22,7 +22,7 @@ class Sequential:
     def run(self, method: Method, ground: Ground, cohort: Cohort) -> Done:
         each = [self._visit(method, ground, cohort, i) for i in range(len(cohort))]
         updates, kept, numbers, aux = zip(*each, strict=True)
-        loss, steps, examples, gradients = torch.tensor(numbers).T
+        loss, steps, examples, gradients = torch.tensor(numbers, dtype=torch.float64).T
         return Done(
             Updates(
                 tree.stack([u.delta for u in updates]),

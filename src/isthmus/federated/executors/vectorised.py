@@ -130,7 +130,7 @@ class Vectorised:
             )
             params, carry, loss, aux = work.params, work.carry, work.loss, work.aux
             steps, examples = steps + work.steps, examples + work.examples
-            more = ground.gradients(phase, work.steps, work.examples, work.grads)
+            more = ground.gradients(phase, work.steps.double(), work.examples.double(), work.grads)
             gradients = gradients + more
         return _Worked(params, carry, loss, aux, steps, examples, gradients)
 
@@ -244,9 +244,9 @@ class _Visit:
         out = _side_by_side(out) if self.joined else out
         sums = {name: work[name] for name in ("loss", "aux", "steps", "examples")}
         step, example = self.cost or (0.0, grads)
-        gradients = work["examples"] * example
+        gradients = work["examples"].double() * example
         if step:
-            gradients = gradients + work["steps"] * step
+            gradients = gradients + work["steps"].double() * step
         return {**out, **sums, "gradients": gradients}, None
 
 
