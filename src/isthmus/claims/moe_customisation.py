@@ -50,7 +50,7 @@ class WideDigits(Digits):
 
 
 class Seen(NamedTuple):
-    """Accuracy of each way to predict, on the user's data and on generic data; and what it costs."""
+    """Accuracy of each way to predict, on the user's and on generic data; and what it costs."""
 
     custom: dict[str, float]
     generic: dict[str, float]
