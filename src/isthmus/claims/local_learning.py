@@ -1,8 +1,21 @@
 """Local learning on Transformers: near end-to-end accuracy in a fraction of its memory.
 
-Paper (arXiv 2212.14215): Swin-Tiny in local modules that reconstruct their own input features:
-36 % less memory than end-to-end training with two modules and 45 % less with four, accuracy up to
-0.58 % above that of InfoPro-Transformer with up to 12 % less memory.
+Paper (Pathak, Zhang and Samaras, arXiv 2212.14215): Swin-Tiny in local modules that reconstruct
+their own input features: 36 % less memory than end-to-end training with two modules and 45 % less
+with four, accuracy up to 0.58 % above that of InfoPro-Transformer with up to 12 % less memory.
+
+Here: digits as 16 patches of 2 x 2 pixels and a Vision Transformer of width 32. Memory is what
+autograd holds at its peak in one step of 64 digits with 8 blocks, parameters not counted (the
+decoder is two linear layers). Accuracy is that of 4 blocks in 4 modules after 10 epochs in batches
+of 32 by AdamW (2e-3), as the mean of two seeds, on 360 test items. The decoders are looked at on
+test items, beside a predictor that always says the mean feature of its place.
+
+Thresholds: 0.62 and 0.38 of the memory of end-to-end training, where 0.53 and 0.29 are measured
+(the figures are exact, so they leave room for other decoders only); five points of accuracy, where
+the mean gap of four seeds is 2.9 (.906 and .877; greedy learning .878 over three); half of the mean
+predictor's error. Not seen at this size: that features do better than pixels, or that they take
+less memory (0.285 and 0.279: a patch here has fewer pixels than features). The coefficients were
+tried in three forms on validation items of one seed, and the first was kept.
 """
 
 from __future__ import annotations
@@ -28,7 +41,7 @@ from isthmus.tasks.digits import Digits
 
 BELOW = {2: 0.62, 4: 0.38}
 TARGETS = ("features", "pixels", "none")
-EPOCHS, NEAR = 10, 0.05
+SEEDS, EPOCHS, NEAR = 2, 10, 0.05
 
 
 class Patched(Digits):
@@ -128,26 +141,17 @@ def claim(progress: Progress) -> list[Check]:
         )
         for k, paper in ((2, 36), (4, 45))
     ]
-    found: dict[str, float] = {}
-    for name, method, knobs in (
-        ("end to end", "fedavg", {}),
-        ("features", "local-learning", {"share": True}),
-        ("greedy", "local-learning", {"target": "none"}),
-    ):
-        progress(name)
-        run = trained(4, method, 0, **knobs)
-        found[name] = run.accuracy
-        if name == "features":
+    ends, locals_ = [], []
+    for seed in range(SEEDS):
+        progress(f"end to end and four modules, seed {seed}")
+        ends.append(trained(4, "fedavg", seed).accuracy)
+        run = trained(4, "local-learning", seed, share=True)
+        locals_.append(run.accuracy)
+        if seed == 0:
             missed, spread = reconstructed(run)
-            checks.append(
-                Check(
-                    "decoders know their module's input",
-                    "features are reconstructed",
-                    f"squared error {missed:.3f}, of the mean feature {spread:.3f}",
-                    missed < 0.5 * spread,
-                )
-            )
-    here = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-    near = found["features"] >= found["end to end"] - NEAR
-    said = f"{here} ({NEAR} below end to end allowed)"
-    return [*checks, Check("accuracy", "near end to end", said, near)]
+            here = f"squared error {missed:.3f}, of the mean feature {spread:.3f} (half allowed)"
+            said = "features are reconstructed"
+            checks.append(Check("decoders know their input", said, here, missed < 0.5 * spread))
+    end, local = mean(ends), mean(locals_)
+    here = f"end to end {end:.3f}, four modules {local:.3f} ({NEAR} below allowed)"
+    return [*checks, Check("accuracy", "near end to end", here, local >= end - NEAR)]
