@@ -49,7 +49,9 @@ class Parcel:
         """The bytes of each message, int64 `[n]`; read only."""
         n = len(self)
         length = self.buffer.numel() // max(n, 1)
-        return _alike(n, length) if self.offsets is _even(n, length) else np.diff(self.offsets.numpy())
+        return (
+            _alike(n, length) if self.offsets is _even(n, length) else np.diff(self.offsets.numpy())
+        )
 
 
 def encode_many(
@@ -367,7 +369,7 @@ def _count(
 def _listed(name: str, given: int | Sequence[int] | np.ndarray, n: int) -> list[Value]:
     """n session or sequence numbers, from one for all or one for each."""
     if isinstance(given, int):
-        return NUMBER.listed(name, [given], 1) * n
+        return [NUMBER.check(name, given)] * n
     return NUMBER.listed(name, given, n)
 
 
