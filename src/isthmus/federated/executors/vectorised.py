@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from isthmus import seeds, tree
+from isthmus import seeds
 from isthmus.contracts import Updates
 from isthmus.federated.cohort import Cohort, Done, Ground, fields_of, table_of
 from isthmus.federated.method import Method
@@ -114,8 +114,7 @@ class Vectorised:
     ) -> Done:
         """A visit of one short phase, from `start` to `finish`, as one recording."""
         uneven = not plan.weight.numpy()[..., 0].all()  # a step that does nothing is all padding
-        fused = self.graphs.mode == "compile"  # elsewhere it would cost a copy
-        visit = _Visit(method, cohort.purpose, phase, ground.module, uneven, fused)
+        visit = _Visit(method, cohort.purpose, phase, ground.module, uneven)
         out, _ = self.graphs.call(
             visit.tag,
             visit,
@@ -159,16 +158,9 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 class _Visit:
     def __init__(
-        self,
-        method: Method,
-        purpose: Purpose,
-        phase: Phase,
-        module: nn.Module,
-        uneven: bool,
-        joined: bool,
+        self, method: Method, purpose: Purpose, phase: Phase, module: nn.Module, uneven: bool
     ) -> None:
         self.start, self.finish = _Start(method, purpose), _Finish(method, purpose)
-        self.joined = joined
         self.work = Whole(phase, module, uneven or phase.until is not None)
         self.tag = ("visit", self.start.tag, self.work.tag)
 
@@ -194,7 +186,6 @@ class _Visit:
         work, grads = self.work(base, begun["params"], begun["carry"], columns, sequence, lr)
         fields = {**fields, "steps": work["steps"]}
         out, _ = self.finish(fields, work["params"], alike, apart, work["carry"], kept)
-        out = _side_by_side(out) if self.joined else out
         sums = {name: work[name] for name in ("loss", "aux", "steps", "examples")}
         return {**out, **sums, "gradients": work["examples"] * grads}, None
 
@@ -235,22 +226,6 @@ class _Finish:
             }
 
         return torch.vmap(finish)(fields, params, apart, carry, kept), None
-
-
-def _side_by_side(out: Nest) -> Nest:
-    """What `_Finish` gives, with all that is sent in one piece of memory (see `tree.rows`)."""
-    held = [(part, name) for part in _SENT for name in out[part]]
-    sent = {str(i): out[part][name] for i, (part, name) in enumerate(held)}
-    if len({x.dtype for x in sent.values()}) != 1:
-        return out
-    views = tree.unflatten(tree.flatten_stacked(sent), tree.layout(sent, stacked=True))
-    parts: dict[str, Tree] = {part: {} for part in _SENT}
-    for (part, name), x in zip(held, views.values(), strict=True):
-        parts[part][name] = x
-    return {**out, **parts}
-
-
-_SENT = ("delta", "values", "buffers", "scalars")
 
 
 def _downloads(downs: Sequence[Tree]) -> tuple[Tree, Tree]:
