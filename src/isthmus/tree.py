@@ -93,7 +93,11 @@ def weighted_mean(stacked: Mapping[str, Tensor], weights: Tensor) -> Tree:
     """
     if (matrix := rows(stacked)) is not None:
         mean = torch.mv(matrix.T, weights.to(matrix.dtype))
-        return unflatten(mean, layout(stacked, stacked=True))
+        shapes = [x.shape[1:] for x in stacked.values()]
+        parts = mean.split_with_sizes([shape.numel() for shape in shapes])
+        return {
+            name: part.view(shape) for name, part, shape in zip(stacked, parts, shapes, strict=True)
+        }
     out: Tree = {}
     for name, x in stacked.items():
         if weights.dtype != x.dtype:

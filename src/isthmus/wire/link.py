@@ -80,8 +80,8 @@ class Delivery(NamedTuple):
         (round, session, sequence) are scalars or one for each message.
         """
         common: dict[str, Any] = {"sender": sender, "receiver": receiver, "kind": kind, **cells}
-        if isinstance(self.lost, np.ndarray) and not self.lost.any():
-            n = len(self.lost)
+        many = isinstance(self.lost, np.ndarray)
+        if many and (self.lost is _surely(n := len(self.lost))[1] or not self.lost.any()):
             ledger.later(
                 n, "crossing", t=self.sent, bytes=self.bytes, values=values,
                 seconds=self.seconds, joules=self.joules, note=note, **common,

@@ -369,7 +369,7 @@ def _count(
 def _listed(name: str, given: int | Sequence[int] | np.ndarray, n: int) -> list[Value]:
     """n session or sequence numbers, from one for all or one for each."""
     if isinstance(given, int):
-        return NUMBER.listed(name, [given], 1) * n
+        return [NUMBER.check(name, given)] * n
     return NUMBER.listed(name, given, n)
 
 

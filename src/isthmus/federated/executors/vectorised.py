@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from isthmus import seeds, tree
+from isthmus import seeds
 from isthmus.contracts import Updates
 from isthmus.federated.cohort import Cohort, Done, Ground, fields_of, table_of
 from isthmus.federated.method import Method
@@ -147,9 +147,8 @@ class Vectorised:
     ) -> Done:
         """A visit of one short phase, from `start` to `finish`, as one recording."""
         uneven = not plan.weight.numpy()[..., 0].all()  # a step that does nothing is all padding
-        fused = self.graphs.mode == "compile"  # elsewhere it would cost a copy
         cost = ground.cost.get(phase.name)
-        visit = _Visit(method, cohort.purpose, phase, ground.module, uneven, fused, cost)
+        visit = _Visit(method, cohort.purpose, phase, ground.module, uneven, cost)
         out, _ = self.graphs.call(
             visit.tag,
             visit,
@@ -211,11 +210,10 @@ class _Visit:
         phase: Phase,
         module: nn.Module,
         uneven: bool,
-        joined: bool,
         cost: tuple[float, float] | None,
     ) -> None:
         self.start, self.finish = _Start(method, purpose), _Finish(method, purpose)
-        self.joined, self.cost = joined, cost
+        self.cost = cost
         self.work = Whole(phase, module, uneven or phase.until is not None)
         self.tag = ("visit", self.start.tag, self.work.tag)
 
@@ -241,7 +239,6 @@ class _Visit:
         work, grads = self.work(base, begun["params"], begun["carry"], columns, sequence, lr)
         fields = {**fields, "steps": work["steps"]}
         out, _ = self.finish(fields, work["params"], alike, apart, work["carry"], kept)
-        out = _side_by_side(out) if self.joined else out
         sums = {name: work[name] for name in ("loss", "aux", "steps", "examples")}
         step, example = self.cost or (0.0, grads)
         gradients = work["examples"].double() * example
@@ -286,22 +283,6 @@ class _Finish:
             }
 
         return torch.vmap(finish)(fields, params, apart, carry, kept), None
-
-
-def _side_by_side(out: Nest) -> Nest:
-    """What `_Finish` gives, with all that is sent in one piece of memory (see `tree.rows`)."""
-    held = [(part, name) for part in _SENT for name in out[part]]
-    sent = {str(i): out[part][name] for i, (part, name) in enumerate(held)}
-    if len({x.dtype for x in sent.values()}) != 1:
-        return out
-    views = tree.unflatten(tree.flatten_stacked(sent), tree.layout(sent, stacked=True))
-    parts: dict[str, Tree] = {part: {} for part in _SENT}
-    for (part, name), x in zip(held, views.values(), strict=True):
-        parts[part][name] = x
-    return {**out, **parts}
-
-
-_SENT = ("delta", "values", "buffers", "scalars")
 
 
 def _downloads(downs: Sequence[Tree]) -> tuple[Tree, Tree]:
