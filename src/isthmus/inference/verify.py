@@ -26,6 +26,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import torch
@@ -53,10 +54,23 @@ def accepted(p: Tensor, s: Tensor, u: Tensor) -> int:
     >>> accepted(quarter, half, torch.tensor([0.4, 0.9, 0.6]))
     2
     """
-    for n, (p_x, s_x, chance) in enumerate(zip(p.tolist(), s.tolist(), u.tolist(), strict=True)):
-        if not (s_x > 0 and chance * s_x < p_x):
-            return n
-    return len(p)
+    return runs(standing(p, s, u), [len(p)])[0]
+
+
+def standing(p: Tensor, s: Tensor, u: Tensor) -> Tensor:
+    """Whether each token would stand if all before it did (bool `[g]`); see `accepted`."""
+    return (s > 0) & (u * s < p)
+
+
+def runs(stand: Tensor, counts: Sequence[int]) -> list[int]:
+    """How many tokens stand before the first that does not, of drafts of `counts` tokens each.
+
+    >>> runs(torch.tensor([True, False, True, True, False]), [3, 1, 1])
+    [1, 1, 0]
+    """
+    marks = iter(stand.tolist())
+    drafts = [[*islice(marks, count), False] for count in counts]
+    return [draft.index(False) for draft in drafts]
 
 
 def residual(p: Tensor, s: Tensor) -> Tensor:
@@ -82,9 +96,9 @@ def correction(p: Tensor, s: Tensor, u: Tensor) -> int:
     return int(draw(residual(p, s), u))
 
 
-def chosen(rows: Tensor, ids: Sequence[int]) -> Tensor:
+def chosen(rows: Tensor, ids: Sequence[int] | Tensor) -> Tensor:
     """What each of the first n rows of `[g, V]` says of its token: `[n]`."""
-    return rows[: len(ids)].gather(1, torch.tensor(ids, dtype=torch.int64)[:, None])[:, 0]
+    return rows[: len(ids)].gather(1, torch.as_tensor(ids, dtype=torch.int64)[:, None])[:, 0]
 
 
 def judge(
@@ -146,7 +160,7 @@ class Grid:
         if self.name in FLOATS:
             near = rows.to(self.dtype)
             below = (near.view(WORDS[self.dtype]) - 1).view(self.dtype)
-            return torch.where(near.double() > rows, below, near).double()
+            return torch.where(near > rows, below, near).double()
         codes = (rows * self.steps).floor()
         # The product may have been rounded up to the next code.
         return torch.where(codes / self.steps > rows, codes - 1, codes) / self.steps
@@ -186,7 +200,7 @@ class Grid:
             values = given.double()
             if values.numel():
                 low, high = values.aminmax()
-                if not (low >= 0 and high <= 1):
+                if not (low.item() >= 0 and high.item() <= 1):
                     raise WireError(name, "a number outside 0 to 1")
             return values
         count = math.prod(shape)
