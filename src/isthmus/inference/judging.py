@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from isthmus.inference.engine import Engine
 from isthmus.inference.method import Case, Drafted, Judged, Method
+from isthmus.inference.verify import joined
 from isthmus.inference.work import forward
 from isthmus.models.decode import Law
 from isthmus.wire.clock import Work
@@ -138,7 +138,7 @@ class Judging:
         for text, pending in zip(texts, asked, strict=True):
             parts = [text.row] if text.row is not None else []
             parts += [pending.get()] if pending is not None else []
-            rows.append(torch.cat(parts) if len(parts) > 1 else parts[0])
+            rows.append(joined(parts))
         laws = probabilities([text.law for text in texts], rows)
         cases = [text.case(p) for text, p in zip(texts, laws, strict=True)]
         judged = together([text.method for text in texts], cases, lambda one, own: one.judges(own))
@@ -185,7 +185,7 @@ def probabilities(laws: Sequence[Law], rows: Sequence[Tensor]) -> list[Tensor]:
     """The probabilities (float64) of each text's rows, all rows of one law at once."""
 
     def of_law(law: Law, own: Sequence[Tensor]) -> Sequence[Tensor]:
-        p = law(torch.cat(own) if len(own) > 1 else own[0]).double()
+        p = law(joined(own)).double()
         return p.split([len(each) for each in own])
 
     return together(laws, rows, of_law)

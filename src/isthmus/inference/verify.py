@@ -57,20 +57,20 @@ def accepted(p: Tensor, s: Tensor, u: Tensor) -> int:
     return runs(standing(p, s, u), [len(p)])[0]
 
 
-def standing(p: Tensor, s: Tensor, u: Tensor) -> Tensor:
-    """Whether each token would stand if all before it did (bool `[g]`); see `accepted`."""
-    return (s > 0) & (u * s < p)
+def standing(p: Tensor, s: Tensor, u: Tensor) -> list[bool]:
+    """Whether each of g tokens would stand if all before it did; see `accepted`."""
+    each = zip(p.tolist(), s.tolist(), u.tolist(), strict=True)
+    return [s_x > 0 and chance * s_x < p_x for p_x, s_x, chance in each]
 
 
-def runs(stand: Tensor, counts: Sequence[int]) -> list[int]:
+def runs(stand: Sequence[bool], counts: Sequence[int]) -> list[int]:
     """How many tokens stand before the first that does not, of drafts of `counts` tokens each.
 
-    >>> runs(torch.tensor([True, False, True, True, False]), [3, 1, 1])
+    >>> runs([True, False, True, True, False], [3, 1, 1])
     [1, 1, 0]
     """
-    marks = iter(stand.tolist())
-    drafts = [[*islice(marks, count), False] for count in counts]
-    return [draft.index(False) for draft in drafts]
+    marks = iter(stand)
+    return [[*islice(marks, count), False].index(False) for count in counts]
 
 
 def residual(p: Tensor, s: Tensor) -> Tensor:
@@ -113,6 +113,11 @@ def judge(
     if n < len(s):
         return n, correction(p[n], s[n], correct[n])
     return n, int(draw(p[n], correct[n]))
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts as one, along their first axis; a single one as it is."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 FLOATS = {"exact": torch.float64, "fp32": torch.float32, "fp16": torch.float16}
@@ -160,7 +165,7 @@ class Grid:
         if self.name in FLOATS:
             near = rows.to(self.dtype)
             below = (near.view(WORDS[self.dtype]) - 1).view(self.dtype)
-            return torch.where(near > rows, below, near).double()
+            return torch.where(near.double() > rows, below, near).double()
         codes = (rows * self.steps).floor()
         # The product may have been rounded up to the next code.
         return torch.where(codes / self.steps > rows, codes - 1, codes) / self.steps

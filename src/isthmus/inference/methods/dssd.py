@@ -25,7 +25,6 @@ position + id. Schemas 36 (offer) and 37 (verdict).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -55,7 +54,7 @@ from isthmus.inference.method import (
     Settled,
     Told,
 )
-from isthmus.inference.verify import Grid, chosen, residual, runs, standing, unit
+from isthmus.inference.verify import Grid, chosen, joined, residual, runs, standing, unit
 from isthmus.models.decode import draw
 from isthmus.wire.message import Field, Message, Schema, WireError
 
@@ -79,6 +78,7 @@ class Dssd(Method):
     def __init__(self, vocab: int, knobs: Knobs | None = None) -> None:
         super().__init__(vocab, knobs)
         self.ids, self.grid, self.row = Ids(vocab), Grid(self.knobs.grid), Grid(self.knobs.row)
+        self.none = self.row.pack(torch.empty(0, dtype=torch.float64))
         offer = {"at": Field("u32"), "last": self.ids.field()}
         scalars = {"ids": self.ids.spec(None), "s": self.grid.spec(None)}
         most = 64 + MOST * (self.ids.width + (self.grid.bits + 7) // 8)
@@ -103,16 +103,19 @@ class Dssd(Method):
     def offers(self, drafts: Sequence[Draft]) -> list[tuple[Message, Kept]]:
         _, _, ids, q, u = zip(*drafts, strict=True)
         counts = [len(each) for each in ids]
-        drawn, rows = torch.cat(ids), torch.cat(q)
+        drawn, rows = joined(ids), joined(q)
         q_x = chosen(rows, drawn) / rows.sum(-1)
         s_x = self.grid.down(q_x)
-        stand = standing(s_x, q_x, torch.cat(u))
-        words = torch.where(stand, drawn, self.ids.void).to(self.ids.dtype).split(counts)
-        scalars = torch.where(stand, s_x, 0.0).split(counts)
+        stand = standing(s_x, q_x, joined(u))
+        ends = runs(stand, counts)
+        if ends != counts:
+            kept = torch.tensor(stand)
+            drawn, s_x = drawn.where(kept, self.ids.void), s_x.where(kept, 0.0)
+        words, scalars = drawn.to(self.ids.dtype).split(counts), s_x.split(counts)
         found: list[tuple[Message, Kept]] = []
-        for draft, n, word, scalar in zip(drafts, runs(stand, counts), words, scalars, strict=True):
-            cut = slice(n + 1)  # of s one row is needed at most
-            kept = Kept(draft.ids[cut], draft.q[cut], void=n < len(draft.ids))
+        for draft, n, word, scalar in zip(drafts, ends, words, scalars, strict=True):
+            cut = slice(n + 1)
+            kept = Kept(draft.ids[cut], draft.q[cut], void=n < len(draft.ids))  # q: see `settles`
             tensors = {"ids": word[cut], "s": self.grid.pack(scalar[cut])}
             found.append((Message("offer", {"at": draft.at, "last": draft.last}, tensors), kept))
         return found
@@ -123,18 +126,23 @@ class Dssd(Method):
     def settles(self, told: Sequence[Told]) -> list[Settled]:
         counts = [stands(each.kept, each.verdict.fields["accepted"]) for each in told]
         tokens = [self._token(n, *each) for n, each in zip(counts, told, strict=True)]
-        rejected = [i for i, token in enumerate(tokens) if token is None]
-        if rejected:
-            p = torch.stack([told[i].verdict.tensors["row"] for i in rejected])
-            s = self.grid.down(unit(torch.stack([told[i].kept.s[counts[i]] for i in rejected])))
-            u = torch.stack([told[i].correct[counts[i]] for i in rejected])
-            drawn = draw(residual(unit(p), s), u).tolist()
-            for i, token in zip(rejected, drawn, strict=True):
-                tokens[i] = token
-        return [
-            settled(each.kept, n, token)
-            for each, n, token in zip(told, counts, tokens, strict=True)
+        all = list(zip(told, counts, tokens, strict=True))
+        rejected = [
+            (each.verdict.tensors["row"], each.kept.s[n], each.correct[n])
+            for each, n, token in all
+            if token is None
         ]
+        drawn = iter(self._corrections(rejected))
+        return [
+            settled(each.kept, n, next(drawn) if token is None else token) for each, n, token in all
+        ]
+
+    def _corrections(self, rejected: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[int]:
+        """The token drawn after each rejection, from its rows p and q `[V]` at its number."""
+        if not rejected:
+            return []
+        p, q, u = map(torch.stack, zip(*rejected, strict=True))
+        return draw(residual(unit(p), self.grid.down(unit(q))), u).tolist()
 
     def _token(self, n: int, kept: Kept, verdict: Message, correct: Tensor) -> int | None:
         """The token that a verdict says; None where it says the row, checked, to draw it from."""
@@ -164,22 +172,21 @@ class Dssd(Method):
     def judges(self, cases: Sequence[Case]) -> list[Judged]:
         counts = [len(case.offer.tensors["ids"]) for case in cases]
         sized = list(zip(cases, counts, strict=True))
-        rows = self.row.near(torch.cat([case.p[:g] for case, g in sized]))
-        ids = torch.cat([case.offer.tensors["ids"] for case in cases]).long()
+        rows = self.row.near(joined([case.p[:g] for case, g in sized]))
+        ids = joined([case.offer.tensors["ids"] for case in cases]).long()
         # A void token's s is 0: it never stands, whatever its row says of another word.
-        p_x = chosen(rows, ids.where(ids < self.vocab, 0)) / rows.sum(-1)
-        s = [self.grid.unpack("s", case.offer.tensors["s"], (g,)) for case, g in sized]
-        accept = torch.cat([case.accept[:g] for case, g in sized])
-        accepted = runs(standing(p_x, torch.cat(s), accept), counts)
-        starts = accumulate(counts, initial=0)
-        rejected = [i + n for i, n, g in zip(starts, accepted, counts, strict=False) if n < g]
-        told = iter(self.row.pack(rows[rejected]))
-        through = [(case, g) for (case, g), n in zip(sized, accepted, strict=True) if n == g]
-        tokens = iter(_drawn([(case.p[g], case.correct[g]) for case, g in through]))
-        none = self.row.pack(rows[:0, 0])
+        p_x = chosen(rows, ids.clamp_max(self.vocab - 1)) / rows.sum(-1)
+        s = joined([self.grid.unpack("s", case.offer.tensors["s"], (g,)) for case, g in sized])
+        accept = joined([case.accept[:g] for case, g in sized])
+        accepted = runs(standing(p_x, s, accept), counts)
+        ended = list(zip(rows.split(counts), cases, accepted, counts, strict=True))
+        rejected = [own[n] for own, _, n, g in ended if n < g]
+        told = iter(self.row.pack(torch.stack(rejected)) if rejected else ())
+        through = [(case.p[n], case.correct[n]) for _, case, n, g in ended if n == g]
+        tokens = iter(_drawn(through))
         found: list[Judged] = []
         for n, g in zip(accepted, counts, strict=True):
-            token, row = (next(tokens), none) if n == g else (None, next(told))
+            token, row = (next(tokens), self.none) if n == g else (None, next(told))
             said = self.ids.void if token is None else token
             fields = {"at": 0, "accepted": n, "token": said}
             found.append(Judged(n, token, Message("verdict", fields, {"row": row})))
@@ -195,9 +202,8 @@ class Dssd(Method):
         return (POSITION_BITS + (row * self.row.bits or self.ids.bits) + 7) // 8
 
 
-def _drawn(chances: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
-    """The token of each row `[V]` at its number u."""
-    if not chances:
+def _drawn(through: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
+    """The token of each row p `[V]` at its number."""
+    if not through:
         return []
-    rows, u = zip(*chances, strict=True)
-    return draw(torch.stack(rows), torch.stack(u)).tolist()
+    return draw(*map(torch.stack, zip(*through, strict=True))).tolist()
