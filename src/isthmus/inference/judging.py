@@ -18,7 +18,9 @@ from isthmus.wire.clock import Work
 from isthmus.wire.errors import WireError
 from isthmus.wire.message import Message
 
-K, A, B = TypeVar("K"), TypeVar("A"), TypeVar("B")
+K = TypeVar("K")
+A = TypeVar("A")
+B = TypeVar("B")
 
 Who = tuple[str, int]
 """A text at the edge: its party and session."""
@@ -141,7 +143,7 @@ class Judging:
             rows.append(joined(parts))
         laws = probabilities([text.law for text in texts], rows)
         cases = [text.case(p) for text, p in zip(texts, laws, strict=True)]
-        judged = together([text.method for text in texts], cases, lambda one, own: one.judges(own))
+        judged = at_once([text.method for text in texts], cases, lambda one, own: one.judges(own))
         for text, each in zip(texts, judged, strict=True):
             self.target.crop(text.slot, text.at + each.accepted)
         return [placed(each, text.at) for text, each in zip(texts, judged, strict=True)]
@@ -188,10 +190,10 @@ def probabilities(laws: Sequence[Law], rows: Sequence[Tensor]) -> list[Tensor]:
         p = law(joined(own)).double()
         return p.split([len(each) for each in own])
 
-    return together(laws, rows, of_law)
+    return at_once(laws, rows, of_law)
 
 
-def together(
+def at_once(
     keys: Sequence[K], items: Sequence[A], work: Callable[[K, Sequence[A]], Sequence[B]]
 ) -> list[B]:
     """What work makes of items, those of equal keys at once; in the items' order."""

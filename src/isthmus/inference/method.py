@@ -129,8 +129,9 @@ class Method:
     follows the target's law exactly. `up` and `down` are the compact schemas of offer and
     verdict; both declare a field `at` (u32).
 
-    What many texts want at once is asked of `offers`, `judges` and `settles`. Unless a method
-    computes these together, they ask for one after the other.
+    What many texts want at once is asked of `offers`, `judges` and `settles`, which a method may
+    override to compute it in one piece. Where a class has its own `offer`, `judge` or `settle` and
+    not these, they ask for one after the other.
     """
 
     Settings: ClassVar[type[Knobs]] = Knobs
@@ -143,6 +144,11 @@ class Method:
     knobs: Any
     up: Schema
     down: Schema
+
+    def __init_subclass__(cls) -> None:
+        for one, many in (("offer", "offers"), ("judge", "judges"), ("settle", "settles")):
+            if one in vars(cls) and many not in vars(cls):
+                setattr(cls, many, getattr(Method, many))  # not one that passes its own by
 
     def __init__(self, vocab: int, knobs: Knobs | None = None) -> None:
         self.vocab = vocab

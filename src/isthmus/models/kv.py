@@ -75,7 +75,7 @@ class Slots(Memory):
         starts = [held(self._lengths, slot) for slot in slots]
         ends = [start + n for start, n in zip(starts, counts, strict=True)]
         stop = fits(max(ends), self.context)
-        buffers, width, device = self._buffers, ids.shape[1], self.model.device
+        buffers, width, device = self._buffers, ids.shape[1], self._hidden.device
         buffers.reserve(len(self._lengths) + len(self._free), stop, self.context)
         if stop > len(self._keys):
             self._keys = torch.arange(buffers.room, device=device)

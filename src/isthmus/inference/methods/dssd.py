@@ -98,7 +98,7 @@ class Dssd(Method):
         return scan(estimate(seen.judged, seen.accepted), load, base, row, MOST)
 
     def offer(self, at: int, last: int, ids: Tensor, q: Tensor, u: Tensor) -> tuple[Message, Kept]:
-        return self.offers([Draft(at, last, ids, q, u)])[0]
+        return Dssd.offers(self, [Draft(at, last, ids, q, u)])[0]
 
     def offers(self, drafts: Sequence[Draft]) -> list[tuple[Message, Kept]]:
         _, _, ids, q, u = zip(*drafts, strict=True)
@@ -121,7 +121,7 @@ class Dssd(Method):
         return found
 
     def settle(self, kept: Kept, verdict: Message, correct: Tensor) -> Settled:
-        return self.settles([Told(kept, verdict, correct)])[0]
+        return Dssd.settles(self, [Told(kept, verdict, correct)])[0]
 
     def settles(self, told: Sequence[Told]) -> list[Settled]:
         counts = [stands(each.kept, each.verdict.fields["accepted"]) for each in told]
@@ -167,7 +167,7 @@ class Dssd(Method):
         return Drafted(self.ids.one("last", offer.fields["last"]), ids, void)
 
     def judge(self, p: Tensor, offer: Message, accept: Tensor, correct: Tensor) -> Judged:
-        return self.judges([Case(p, offer, accept, correct)])[0]
+        return Dssd.judges(self, [Case(p, offer, accept, correct)])[0]
 
     def judges(self, cases: Sequence[Case]) -> list[Judged]:
         counts = [len(case.offer.tensors["ids"]) for case in cases]
