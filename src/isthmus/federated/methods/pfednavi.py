@@ -15,9 +15,8 @@ averaging (FedVLN), in 1.38 times fewer rounds.
 step, both rates, tau, one pass each, and the held-out items. On items that local was trained on
 every a_l goes to 0, so these are the same in every visit and local never sees them. They are not
 lost to the others: once local is put aside, training goes on with them before the model is sent
-(`rejoin`). But then global has seen them, and where nothing calls for a choice, a drifts instead
-of staying at 1; without `rejoin` it says better which layers are personal, at the cost of a
-quarter of the data. In the first visit there is no local yet and a stays 1. a is kept, W is not.
+(`rejoin`). In the first visit there is no local yet and a stays 1. a is kept, W is not. A client
+predicts from hat, after steps 1 to 3.
 
 A layer is a module that owns tensors. `candidates` names those that may become personal; the
 paper speaks of the encoder-decoder projection and the decoder layers.
