@@ -161,6 +161,7 @@ def _schedule(config: Config, task: Task, clients: Clients) -> Any:
         seed=config.seed,
         sampling=config.sampling,
         histograms=_histograms(task, clients),
+        rounds=config.rounds,
     )
     gone = {"sync": (), "async": ("sampling", "deadline"), "gossip": UNSERVED}[made.kind]
     for name in gone:
