@@ -168,10 +168,13 @@ def test_the_pool_is_the_easy_part() -> None:
 
 def test_a_run_with_both_halves_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     keys: dict[str, Any] = {"schedule": "curriculum-fl:b=0.3", "cohort": 2, "rounds": 7}
-    whole = tiny.play("curriculum-fl", hand.TASK, 6, settings={"score": "LG"}, **keys)
-    half = tiny.play("curriculum-fl", hand.TASK, 3, settings={"score": "LG"}, **keys)
+    keys["settings"] = {"score": "LG"}
+    whole, half, again = (tiny.federation("curriculum-fl", hand.TASK, **keys) for _ in range(3))
+    for step in range(6):
+        whole.step()
+        if step < 3:
+            half.step()
     checkpoint.write(tmp_path, half, {})
-    again = tiny.federation("curriculum-fl", hand.TASK, settings={"score": "LG"}, **keys)
     checkpoint.restore(again, *checkpoint.read(tmp_path))
     for _ in range(3):
         again.step()
