@@ -4,9 +4,16 @@ Paper (Vahidian et al., ICCV 2023, arXiv 2212.12712): ordered learning largely a
 of unlike clients, more so the more they differ, and clients chosen by the same idea add to it.
 
 Here: digits, 20 clients by Dirichlet(0.1) with 12 items or more, whose labels are wrong in shares
-from 0 to 60 %, 30 % on average; ten clients in a round, 25 rounds of five local epochs, MLP
-64-32-10, SGD 0.1, batch 10; linear pacing, a = 0.8, b = 0.2. The figure is the mean of the last five
-rounds' accuracy on clean test items, over two seeds; `none` is FedAvg. THRESHOLDS
+from 0 to 60 %, 30 % on average; everyone in 25 rounds of five local epochs, MLP 64-32-10, SGD 0.1,
+batch 10; linear pacing, a = 0.8, b = 0.2. The figure is the mean of the last five rounds' accuracy
+on clean test items, over two seeds; `none` is FedAvg.
+
+The direction is not reproduced. With seed 0 curr reached 83.7 %, anti 85.1 and rand 87.4; with ten
+samples always open instead of 32, curr 83.7 and 83.2 (two seeds), anti 83.9 and 86.1, rand 86.8 and
+88.3; with ten of the clients in a round curr 80.9, anti 76.6, rand 83.8, FedAvg 81.6 (one seed). The
+thresholds were set before these runs. What holds is the premise: the global model's losses do put
+wrong labels last, 3 % and 1 % of the easiest fifth are wrong, of all 33 % and 27 %.
+
 """
 
 from __future__ import annotations
@@ -30,7 +37,7 @@ SEEDS, CLIENTS = 2, 20
 NOISE = 0.6
 """Of the worst client; the mean is half of it."""
 KEYS: dict[str, Any] = {
-    "clients": CLIENTS, "cohort": 10, "partition": "natural", "rounds": 25, "epochs": 5,
+    "clients": CLIENTS, "partition": "natural", "rounds": 25, "epochs": 5,
     "batch": 10, "lr": 0.1, "link": "ideal",
 }  # fmt: skip
 ORDERS = ("curr", "rand", "anti")
@@ -83,3 +90,35 @@ def wrong_in_front(run: Run, seed: int) -> tuple[float, float]:
         mine = np.flatnonzero(np.array(items.group) == f"{client:02d}")
         front.append(mine[np.argsort(score[mine], kind="stable")][: len(mine) // 5])
     return float(wrong[np.concatenate(front)].mean()), float(wrong.mean())
+
+
+def claim(progress: Progress) -> list[Check]:
+    """The three orders with and without wrong labels, FedAvg, and clients in order too."""
+    seen: dict[str, list[Run]] = {}
+    for order in (*ORDERS, "none"):
+        progress(f"{order}, {SEEDS} seeds")
+        seen[order] = [run(order, seed) for seed in range(SEEDS)]
+    here = {order: mean(late(r) for r in runs) for order, runs in seen.items()}
+    said = ", ".join(f"{order} {value:.3f}" for order, value in here.items())
+    fronts = [wrong_in_front(r, seed) for seed, r in enumerate(seen["curr"])]
+    front, overall = (mean(pair) for pair in zip(*fronts, strict=True))
+    return [
+        Check(
+            "easy first is better than hard first",
+            "ordered learning alleviates the harm of unlike clients",
+            f"{said} (curr 0.1 above anti asked)",
+            here["curr"] - here["anti"] > 0.1,
+        ),
+        Check(
+            "the order matters, not the budget",
+            "curr at least as good as rand of the same pacing",
+            f"curr - rand {here['curr'] - here['rand']:+.3f} (0 asked)",
+            here["curr"] >= here["rand"],
+        ),
+        Check(
+            "wrong labels come last",
+            "(not in the paper)",
+            f"{front:.1%} of the easiest fifth are wrong, {overall:.1%} of all (half asked)",
+            front < 0.5 * overall,
+        ),
+    ]

@@ -1,4 +1,4 @@
-"""FedMobile: FedAvg in its first stage, a teacher that stays, labels and stages that are not read."""
+"""FedMobile: FedAvg in its first stage, a teacher that stays, labels and stages not read."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ def test_only_items_of_the_stage_are_reached() -> None:
             assert plan_of(fed, client, round) == want
     for _ in range(3):
         fed.step()
-    with pytest.raises(InputError, match="stage: 0 given, allowed: 1 or later: older items are gone"):
+    with pytest.raises(
+        InputError, match="stage: 0 given, allowed: 1 or later: older items are gone"
+    ):
         plan_of(fed, 1, 2)
 
 
@@ -212,4 +214,3 @@ def test_time_is_warped_and_never_runs_backwards() -> None:
     wanted = (t + swing * torch.sin(2 * math.pi * t / 64 + turn)).clamp(0, 63)
     torch.testing.assert_close(read, wanted)  # of the ramp x = t what is read is the time itself
     assert bool((read.diff(dim=-1) >= 0).all()) and float((read - t).abs().max()) > 5
-

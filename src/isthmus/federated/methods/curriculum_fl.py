@@ -5,9 +5,9 @@ learning?", ICCV 2023, arXiv:2212.12712. Claim: ordered learning largely allevia
 unlike clients, the more so the more they differ; choosing clients by the same idea (the schedule
 of the same name) adds to it.
 
-    score:  s_j = l(w_s; x_j, y_j), of the download (G), the client's last own model (L) or both (LG)
+    score:  s_j = l(w_s; x_j, y_j), of the download (G), the last own model (L), or both summed (LG)
     order:  curr, s rising;  anti, s falling;  rand, by chance
-    open:   k = pace(t) of the n samples, at least `least`;  t the steps taken, T = E ceil(n / batch)
+    open:   k = pace(t) of n samples, at least `least`;  t steps are taken of T = E ceil(n / batch)
     train:  one shuffled pass over the first k, then a new k; until t >= T at the end of a pass
 
 The pacing forms (linear, quad, root, step, exp, log) are in `federated.pacing`; those are of Wu,
@@ -54,7 +54,7 @@ class Settings(Knobs):
     least: int = Field(32, ge=1)
 
 
-@catalogue.register("curriculum-fl", place="method", status="reconstructed")
+@catalogue.register("curriculum-fl", place="method", status="not-reproduced")
 class CurriculumFL(Method):
     """Overrides B; for scores by the own model also keeps it (U)."""
 
@@ -109,7 +109,9 @@ class CurriculumFL(Method):
         return update, {**local, **own, TRAINED: torch.ones_like(kept[TRAINED])}
 
 
-def losses(loss: Any, module: nn.Module, tensors: Tree, columns: Mapping[str, Tensor]) -> np.ndarray:
+def losses(
+    loss: Any, module: nn.Module, tensors: Tree, columns: Mapping[str, Tensor]
+) -> np.ndarray:
     """The task's loss of each item alone, float64 `[n]`, of a module in eval mode."""
     model = bind(module, tensors).eval()
     one = next(x for x in tensors.values() if x.is_floating_point()).new_ones(1)

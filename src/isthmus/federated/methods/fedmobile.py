@@ -6,15 +6,15 @@ symptoms, without keeping old data.
 
     stage s:  only items of stage s;  teacher f' = the global model at the end of stage s - 1
     loss:     CE on labelled  +  lam_u C on all  +  lam_k [s > 0] T^2 KL(f'(x) / T || f(x) / T)
-    C:        fixmatch, q = f(weak x):  [max q > threshold] CE(f(strong x), argmax q), means over all;
-              mse, |softmax f(weak x) - softmax f(strong x)|^2
+    C:        fixmatch, q = softmax f(weak x):  [max q > threshold] CE(f(strong x), argmax q);
+              mse:  |softmax f(weak x) - softmax f(strong x)|^2;  means over all items
     server:   w <- w + sum_i m_i (w_i - w) / sum_i m_i,   m_i = n_labelled + gamma n_unlabelled
 
 (reconstructed): the abstract and keywords alone were read, which name federated and incremental
-learning, distillation and consistency; the forms are those of Sohn et al., "FixMatch", NeurIPS 2020,
-and Hinton, Vinyals and Dean, arXiv:1503.02531. A stage is `rounds` rounds. A client's teacher is the
-first model that it is sent in a stage: for whoever is there in the first round of a stage, the
-global model at the end of the last one.
+learning, distillation and consistency; the forms are those of Sohn et al., "FixMatch", NeurIPS
+2020, and Hinton, Vinyals and Dean, arXiv:1503.02531. A stage is `rounds` rounds. A client's teacher
+is the first model that it is sent in a stage: for whoever is there in the first round of a stage,
+the global model at the end of the last one.
 
 Columns `stage` (0, 1, ...; all items belong to every stage without it) and `labelled` (0 or 1; all
 are without it). What an unlabelled item has in any column but `x` is never read.
@@ -51,7 +51,7 @@ class Settings(Knobs):
     besides; gamma: what an unlabelled item weighs; rounds: of a stage; stages: their number."""
 
     lam_u: float = Field(1.0, ge=0.0)
-    lam_k: float = Field(1.0, ge=0.0)
+    lam_k: float = Field(0.5, ge=0.0)
     T: float = Field(2.0, gt=0.0)
     consistency: Literal["fixmatch", "mse"] = "fixmatch"
     threshold: float = Field(0.8, ge=0.0, le=1.0)

@@ -7,11 +7,11 @@ ordered samples (the method of the same name).
     pool:   the first pace(t) of the N clients ordered by loss;  t the visits so far, of R m
     rounds: the whole shuffled pool in groups of m;  then the clients are ordered anew
 
-(reconstructed): a client's score is the training loss that its last upload declared; the authors ask
-every client for its loss whenever the pool is opened. Clients never seen come before all others in
-either order, so that each is scored soon: pools only grow, and one that began with the seen would
-never see another. Where a pool does not divide into groups of m, the last is filled up from the next
-pool, so that visits sum to R m.
+(reconstructed): a client's score is the training loss that its last upload declared; the authors
+ask every client for its loss whenever the pool is opened. Clients never seen come before all others
+in either order, so that each is scored soon: with them at the end the first pool's clients would be
+in every pool, whatever their loss. Where a pool does not divide into groups of m, the last is
+filled up from the next pool, so that visits sum to R m.
 """
 
 from __future__ import annotations
