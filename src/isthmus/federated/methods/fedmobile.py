@@ -65,7 +65,7 @@ class Settings(Knobs):
     stages: int = Field(3, ge=1)
 
 
-@catalogue.register("fedmobile", place="method", status="reconstructed")
+@catalogue.register("fedmobile", place="method", status="not-reproduced")
 class FedMobile(Method):
     """Overrides S (the teacher), B (the stage), L, P (counts items), U and V (weights)."""
 
