@@ -161,7 +161,9 @@ class Ground:
 
     def _own_plan(self, method: Method, phase: Phase, cohort: Cohort, i: int) -> Plan:
         rows = torch.from_numpy(self.owned.rows(int(cohort.clients[i])))
-        data = Data({n: x[rows] for n, x in self.columns.items()}, int(cohort.keys[i]))
+        columns = {name: x[rows] for name, x in self.columns.items()}
+        down = {**self.base, **cohort.downs[i]}
+        data = Data(columns, int(cohort.keys[i]), self.module, down)
         kept = {name: x[i] for name, x in cohort.kept.items()}
         return method.plan(phase, visit_of(cohort, self, i), data, kept)
 

@@ -89,10 +89,13 @@ class Names:
 
 
 class Data(NamedTuple):
-    """One client's items, for a method that orders them by content."""
+    """One client's items, for a method that orders them by content, and what it can judge them by:
+    the network, and all its tensors that the client has been sent."""
 
     columns: Tree
     key: int
+    module: nn.Module
+    down: Tree
 
 
 @dataclass

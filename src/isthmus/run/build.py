@@ -161,6 +161,7 @@ def _schedule(config: Config, task: Task, clients: Clients) -> Any:
         seed=config.seed,
         sampling=config.sampling,
         histograms=_histograms(task, clients),
+        rounds=config.rounds,
     )
     gone = {"sync": (), "async": ("sampling", "deadline"), "gossip": UNSERVED}[made.kind]
     for name in gone:
@@ -178,12 +179,15 @@ UNSERVED = ("sampling", "deadline", "dropout", "awake", "battery")
 
 
 def _histograms(task: Task, clients: Clients) -> np.ndarray:
-    """How many items of each class every client has `[n, classes]`; one class without labels."""
+    """How many items of each class every client has `[n, classes]`; one class without labels.
+
+    Items of a negative class, as unlabelled ones have, are not counted."""
     labels = task.labels(clients.train)
     if labels is None:
         labels = np.zeros(len(clients.train), np.int64)
     classes = int(labels.max(initial=0)) + 1
-    return np.stack([np.bincount(labels[part], minlength=classes) for part in clients.parts])
+    held = [labels[part] for part in clients.parts]
+    return np.stack([np.bincount(own[own >= 0], minlength=classes) for own in held])
 
 
 def _fleet(config: Config) -> Fleet:
