@@ -19,7 +19,7 @@ zero; and right after local training FedAvg has .942 and FedALA .936 (two seeds)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import mean
 from typing import Any
 
@@ -37,11 +37,10 @@ from isthmus.tasks.contract import Batch
 from isthmus.tree import Tree
 from isthmus.wire.ledger import Ledger
 
-SEEDS, ROUNDS, CLIENTS = 3, 20, 30
-EVERYONE = np.arange(CLIENTS)
+SEEDS, ROUNDS = 3, 20
 KEYS: dict[str, Any] = {
     "task": "digits",
-    "clients": CLIENTS,
+    "clients": 30,
     "partition": "dirichlet:0.3,minimum=12",
     "holdout": 0.25,
     "epochs": 5,
@@ -56,11 +55,12 @@ def played(
     seed: int,
     watch: Callable[[Federation], None] = lambda fed: None,
     rounds: int = ROUNDS,
+    keys: dict[str, Any] = KEYS,
     **settings: Any,
 ) -> Built:
     """A federation of the bench after its rounds; `watch` is shown it after each."""
-    keys = {**KEYS, "method": method, "seed": seed, "settings": settings}
-    built = build(Config.make(keys), Ledger())
+    given = {**keys, "method": method, "seed": seed, "settings": settings}
+    built = build(Config.make(given), Ledger())
     for _ in range(rounds):
         built.federation.step()
         watch(built.federation)
@@ -73,19 +73,24 @@ def accuracy(built: Built, at: Moment = "mixed") -> float:
     return next(iter(score(built.federation, built.task, items, tests, "test", at)))["accuracy"]
 
 
-def loss(fed: Federation, client: int, tensors: Tree) -> float:
-    """The loss of a model on a client's own training items (nats)."""
-    rows = torch.from_numpy(fed.ground.owned.rows(client))
-    batch = Batch({n: x[rows] for n, x in fed.ground.columns.items()}, torch.ones(len(rows)))
-    with torch.no_grad():
-        return float(fed.method.stage.loss(bind(fed.ground.module, tensors), batch)[0])
+def own_models(fed: Federation, at: Moment = "mixed") -> Iterator[tuple[Tensor, Tree]]:
+    """Each client's training rows of the pool, and its model."""
+    everyone = np.arange(len(fed.ground.owned))
+    models = models_of(fed, everyone, fed.store.get(everyone), at)
+    for client, model in enumerate(models):
+        yield torch.from_numpy(fed.ground.owned.rows(client)), model
 
 
 def lead(fed: Federation) -> Tensor:
     """By how much each client's next start is below the global model, on its own items: `[n]`."""
-    whole, kept = model_of(fed, {}), fed.store.get(EVERYONE)
-    starts = enumerate(models_of(fed, EVERYONE, kept))
-    return torch.tensor([loss(fed, i, whole) - loss(fed, i, start) for i, start in starts])
+    whole = model_of(fed, {})
+
+    def loss(rows: Tensor, tensors: Tree) -> float:
+        batch = Batch({n: x[rows] for n, x in fed.ground.columns.items()}, torch.ones(len(rows)))
+        with torch.no_grad():
+            return float(fed.method.stage.loss(bind(fed.ground.module, tensors), batch)[0])
+
+    return torch.tensor([loss(rows, whole) - loss(rows, own) for rows, own in own_models(fed)])
 
 
 def leads(seed: int, rounds: int) -> Tensor:
