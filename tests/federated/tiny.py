@@ -11,12 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from isthmus import catalogue
 from isthmus.federated.adapters.lora import LoraMethod
-from isthmus.federated.method import Method
 from isthmus.federated.round import Federation
 from isthmus.models.nets import Net, initialise
-from isthmus.run.build import Built, build
+from isthmus.run.build import Built, build, method_of
 from isthmus.run.checkpoint import flat
 from isthmus.run.config import Config
 from isthmus.tasks.contract import Items, Task
@@ -69,7 +67,7 @@ def owned(task: Task, client: int) -> Items:
 
 def config(method: str, **keys: Any) -> Config:
     """SGD on the owners' data; adapters of rank 2 on both layers."""
-    kind: type[Method] = catalogue.find("method", method)
+    kind = method_of(method)
     settings = dict(keys.pop("settings", {}))
     if issubclass(kind, LoraMethod):
         settings = {"rank": 2, "alpha": 3.0, "targets": LAYERS, **settings}
