@@ -131,7 +131,8 @@ class Vectorised:
             params, carry, loss, aux = work.params, work.carry, work.loss, work.aux
             steps, examples = steps + work.steps, examples + work.examples
             each = ground.cost.get(phase.name, work.grads)
-            gradients = gradients + work.examples * each
+            gradients = gradients + work.examples.double() * each
+        gradients = gradients.float()  # rounded once, as where clients are visited in turn
         return _Worked(params, carry, loss, aux, steps, examples, gradients)
 
     def _at_once(
