@@ -4,9 +4,10 @@ Paper (Ren, Anicic, Runkler, arXiv:2405.07601; its abstract has no figures): lea
 device, federated meta-learning and a semantic registry together give better accuracy and less use
 of resources; TinyReptile (arXiv:2304.05201) is as good as Reptile at half of the resources.
 
-Here: (A) digits as a stream, a backbone trained on half of them; halfway all labels are moved on by
-one. The online layer on the features is held against the head as it was trained, by their
-accuracy over the last quarter. (B) the registry's answers on the example graph beside plain loops over its rows.
+Here: (A) digits as a stream, the network trained on these very items; halfway all labels are moved
+on by one. The online layer on the features is held against the head as it was trained, by their
+accuracy over the last quarter. (B) The registry's answers on the example graph are held against
+plain loops over its triples.
 
 Thresholds: online above 0.8 and frozen below 0.5 (seen with one seed: 0.937 and 0.000); equal sets.
 Meta-learning is not judged here; its rules are held against loops by the tests.
