@@ -15,7 +15,7 @@ Meta-learning is not judged here; its rules are held against loops by the tests.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -55,7 +55,7 @@ def stream(seed: int) -> tuple[float, float]:
                 lr=0.1, evaluate=0, seed=seed)  # fmt: skip
     items = Digits().synthesise(seed).train.columns
     x, y = items["x"], items["y"].long()
-    layer = Online(run.model.features, 32, 10, lr=0.05)
+    layer = Online(cast(Any, run.model).features, 32, 10, lr=0.05)
     right, stayed = [], []
     order = torch.from_numpy(seeds.rng(seed, "stream").permutation(len(y)))
     for i, j in enumerate(order.tolist()):
