@@ -122,7 +122,7 @@ def together(answers: Sequence[bytes], kept: Sequence[Tree]) -> Done:
     """What a cohort did, from its answers in the order of its clients, as `Sequential` gives it."""
     read = [_unpacked(data, ANSWER, (*PARTS, "aux")) for data in answers]
     rows = [[cast(float, message.fields[name]) for name in NUMBERS] for message, _ in read]
-    loss, steps, examples, gradients = torch.tensor(rows).T
+    loss, steps, examples, gradients = torch.tensor(rows, dtype=torch.float64).T
     stacked = {part: tree.stack([parts[part] for _, parts in read]) for part in (*PARTS, "aux")}
     aux = stacked.pop("aux")
     return Done(
