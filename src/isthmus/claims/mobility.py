@@ -4,7 +4,7 @@ Paper claims: decentralised training converges in sparse networks once some user
 that a small moving share already helps much, and that motion induced by label distributions beats
 random motion (by up to 8 % where labels differ most).
 
-Run here: digits, softmax regression, 24 peers with two classes each, laid out by label in the unit
+Here: digits, softmax regression, 24 peers with two classes each, laid out by label in the unit
 square, range 0.14, four movers, at most 0.5 a round, 5 steps of 20 items at 0.3, 150 rounds; the
 mean accuracy of all peers' own models on all test items, over four seeds. A peer that stays put
 hears of few classes. Thresholds: random at least 0.05 above static, dcm at least 0.1 above random.
