@@ -213,9 +213,11 @@ def test_a_layer_costs_two_products_instead_of_three() -> None:
     def net(seed: int) -> nn.Module:
         return mlp([6, 50, 30, 4], "tanh", seed).double()
 
-    cost = tiny.federation("tpsgd", tiny.task(module=net)).ground.cost["train"]
+    fixed, cost = tiny.federation("tpsgd", tiny.task(module=net)).ground.cost["train"]
     first, rest = 6 * 50, 50 * 30 + 30 * 4
-    assert cost == pytest.approx(2 * (first + rest) / (2 * first + 3 * rest), rel=1e-12)
+    assert fixed == 0.0 and cost == pytest.approx(
+        2 * (first + rest) / (2 * first + 3 * rest), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(("make", "shape"), NETS[4:])

@@ -95,8 +95,8 @@ def test_feedback_alignment_swaps_the_way_back_alone() -> None:
 
 
 def test_feedback_alignment_costs_what_backpropagation_costs() -> None:
-    cost = tiny.federation("feedback-alignment", tiny.task(module=net)).ground.cost["train"]
-    assert cost == 1.0
+    fixed, cost = tiny.federation("feedback-alignment", tiny.task(module=net)).ground.cost["train"]
+    assert (fixed, cost) == (0.0, 1.0)
 
 
 def goodness(module: Any, x: Tensor, label: Tensor) -> list[Tensor]:
