@@ -48,6 +48,41 @@ def test_layout_names_places_in_the_order_of_the_tree() -> None:
     assert flat[6] == 7.0 and views["b"][1, 0] == 3.0
 
 
+def test_rows_are_one_view_of_tensors_that_lie_side_by_side() -> None:
+    slots = tree.layout(some())
+    for n, step, before in ((3, 14, 2), (3, 11, 0), (1, 14, 3)):
+        matrix = torch.randn(n, step)[:, before : before + 11]
+        stacked = tree.unflatten(matrix, slots)
+        found = tree.rows(stacked)
+        assert found is not None and torch.equal(found, matrix)
+        found += 1.0
+        assert tree.equal(tree.unflatten(matrix, slots), stacked)
+        weights = torch.linspace(0.5, 2.0, n)
+        apart = tree.clone(stacked)
+        means = tree.weighted_mean(stacked, weights), tree.weighted_mean(apart, weights)
+        for name, x in apart.items():
+            exact = torch.einsum("n,n...->...", weights.double(), x.double())
+            assert all(mean[name].shape == x.shape[1:] for mean in means)
+            assert all(torch.allclose(mean[name].double(), exact, atol=1e-6) for mean in means)
+
+
+def test_rows_are_none_where_any_tensor_lies_elsewhere() -> None:
+    block = torch.randn(3, 12)
+    side = {"a": block[:, :4], "b": block[:, 4:10].view(3, 2, 3)}
+    assert tree.rows(side) is not None
+    assert tree.rows({}) is None
+    assert tree.rows(tree.clone(side)) is None
+    assert tree.rows({"b": side["b"], "a": side["a"]}) is None  # in another order
+    assert tree.rows({"a": side["a"], "b": block[:, 5:11]}) is None  # with a gap
+    assert tree.rows({"a": side["a"], "b": side["b"].transpose(1, 2)}) is None  # turned
+    assert tree.rows({"a": side["a"], "b": block[:2, 4:10]}) is None  # of fewer rows
+    assert tree.rows({"a": block[:1, :4].expand(3, 4), "b": block[:1, 4:10].expand(3, 6)}) is None
+    halves = block.numpy()
+    near = {"a": torch.from_numpy(halves[:, :4]), "b": torch.from_numpy(halves[:, 4:10])}
+    assert tree.rows(near) is None  # neighbours, but not one storage
+    assert tree.rows({"a": side["a"], "b": side["b"].view(torch.int32)}) is None
+
+
 def test_arithmetic() -> None:
     a, b = some(1), some(2)
     for name, x in a.items():

@@ -29,6 +29,9 @@ T = TypeVar("T")
 
 HERE = Path(__file__).parent
 
+OWN = "isthmus_own_"
+"""How the names of modules begin that were loaded from a path."""
+
 PLACES: dict[str, tuple[str, ...]] = {
     "method": ("federated/methods", "federated/adapters"),
     "schedule": ("federated/schedulers",),
@@ -250,7 +253,7 @@ def _own(place: str, where: str) -> Any:
 
 
 def _load(path: Path) -> ModuleType:
-    name = f"isthmus_own_{path.stem}_{len(_own_files)}"
+    name = f"{OWN}{path.stem}_{len(_own_files)}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # a .py file always has both
     module = importlib.util.module_from_spec(spec)

@@ -24,6 +24,7 @@ class Meta(NamedTuple):
     n_examples: float
     steps: int = 0
     rank: int | None = None
+    loss: float | None = None
 
 
 @dataclass
@@ -242,6 +243,34 @@ class Noised(NamedTuple):
 
     tensors: Tree
     event: dict[str, Any]
+
+
+class Meeting(Protocol):
+    """The clients of one round of secure aggregation, after they have exchanged keys and shares.
+
+    `up` and `down` are the bytes of each of its two exchanges, `closing()` of the last one.
+    """
+
+    @property
+    def up(self) -> tuple[int, int]: ...
+
+    @property
+    def down(self) -> tuple[int, int]: ...
+
+    def closing(self) -> tuple[int, int]: ...
+
+    def mask(self, codes: np.ndarray, senders: Sequence[int]) -> np.ndarray: ...
+
+    def unmask(self, total: np.ndarray, arrived: Sequence[int]) -> np.ndarray: ...
+
+
+class Mask(Protocol):
+    """Hides single uploads from the server: integers up to `levels`, of which it learns the sum."""
+
+    @property
+    def levels(self) -> int: ...
+
+    def meet(self, clients: Sequence[int], seed: int) -> Meeting: ...
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ import difflib
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 
 class InputError(ValueError):
@@ -19,6 +20,10 @@ class InputError(ValueError):
         self.field, self.given, self.allowed, self.nearest = field, given, allowed, nearest
         tail = f"; nearest: {nearest}" if nearest else ""
         super().__init__(f"{field}: {given!s} given, allowed: {allowed}{tail}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it was made, so that it comes whole out of another process."""
+        return type(self), (self.field, str(self.given), self.allowed, self.nearest)
 
 
 class MissingExtra(ImportError):

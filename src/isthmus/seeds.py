@@ -25,6 +25,8 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
+_STEPS = tuple((np.uint64(by), np.uint64(factor)) for by, factor in ((30, _MIX1), (27, _MIX2)))
+_LAST_SHIFT = np.uint64(31)
 
 
 def _signed(value: int) -> int:
@@ -80,14 +82,21 @@ def keys_grid(parents: np.ndarray, count: int) -> np.ndarray:
 
 def bits_of(parents: np.ndarray, count: int) -> np.ndarray:
     """`bits(key, (count,))` of many keys: int64 `[n, count]`."""
-    position = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-    return _mix_array(parents.view(np.uint64)[:, None] + position)
+    return _mix_array(parents.view(np.uint64)[:, None] + _positions(count))
+
+
+@lru_cache(maxsize=16)
+def _positions(count: int) -> np.ndarray:
+    return np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
 
 
 def _mix_array(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX1)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX2)
-    return (x ^ (x >> np.uint64(31))).view(np.int64)
+    """The hashes of the uint64 array `x`, which is written over."""
+    for shift, factor in _STEPS:
+        x ^= x >> shift
+        x *= factor
+    x ^= x >> _LAST_SHIFT
+    return x.view(np.int64)
 
 
 @overload

@@ -16,7 +16,8 @@ from isthmus import catalogue
 from isthmus.errors import InputError
 from isthmus.inference.chance import chances
 from isthmus.inference.draft import Ids
-from isthmus.inference.method import Kept, Method, method_of
+from isthmus.inference.method import Case, Draft, Judged, Kept, Method, Told, method_of
+from isthmus.inference.methods.dssd import Dssd
 from isthmus.inference.methods.tk_slt import TkSlt
 from isthmus.models.decode import Law, draw
 from isthmus.wire.message import Message, WireError, decode, encode
@@ -557,3 +558,63 @@ def test_10000_spoilt_messages_only_raise_wire_errors(name: str) -> None:
             except WireError as error:
                 assert error.field and error.problem
     assert 0 < read < 2500
+
+
+def rounds_of(method: Method) -> list[tuple[Draft, Tensor, Tensor, Tensor]]:
+    """Drafts of 0 to 5 tokens, some with a void one, and the target's rows and chances for each;
+    over all of them drafts are rejected at several places, and some stand whole."""
+    found: list[tuple[Draft, Tensor, Tensor, Tensor]] = []
+    for seed in range(24):
+        numbers = torch.Generator().manual_seed(seed)
+        g = seed % 6
+        q = torch.randn(g, V, dtype=torch.float64, generator=numbers).mul(2).softmax(-1)
+        u = torch.zeros(g, dtype=torch.float64)
+        if g and seed % 4 == 3:
+            u[seed % g] = 1 - 2.0**-53
+        p = torch.randn(g + 1, V, dtype=torch.float64, generator=numbers).mul(2).softmax(-1)
+        if seed % 3:
+            p[:g] = q
+        accept, correct = torch.rand(2, g + 1, dtype=torch.float64, generator=numbers)
+        found.append((Draft(9 + seed, seed % V, q.argmax(-1), q, u), p, accept, correct))
+    return found
+
+
+@pytest.mark.parametrize("grid", ["fp16", "exact", "3"])
+@pytest.mark.parametrize("name", EDGES)
+def test_many_at_once_are_each_alone(name: str, grid: str) -> None:
+    method = method_of(name, V, {"grid": grid})
+    rounds = rounds_of(method)
+    offers = method.offers([draft for draft, *_ in rounds])
+    cases: list[Case] = []
+    for (draft, p, accept, correct), (offer, kept) in zip(rounds, offers, strict=True):
+        alone, own = method.offer(*draft)
+        assert encode(alone, method.up, "compact") == encode(offer, method.up, "compact")
+        assert kept.void == own.void and kept.ids.equal(own.ids) and kept.s.equal(own.s)
+        n = len(method.drafted(offer).ids) + 1
+        cases.append(Case(p[:n], offer, accept[:n], correct[:n]))
+    answers = method.judges(cases)
+    told: list[Told] = []
+    for case, answer, (_, kept), (*_, correct) in zip(cases, answers, offers, rounds, strict=True):
+        alone = method.judge(*case)
+        assert alone[:2] == answer[:2]
+        down = (encode(one.verdict, method.down, "compact") for one in (alone, answer))
+        assert len(set(down)) == 1
+        told.append(Told(kept, answer.verdict, correct))
+    settled = method.settles(told)
+    assert settled == [method.settle(*each) for each in told]
+    assert {each.origin for each in settled} == {"target", "corrected", "bonus"}
+    assert len({each.accepted for each in settled}) > 3
+    assert any(kept.void for _, kept in offers) == (grid != "exact")
+
+
+def test_a_hook_of_ones_own_is_asked_for_many_as_well() -> None:
+    class Stern(Dssd):
+        def judge(self, p: Tensor, offer: Message, accept: Tensor, correct: Tensor) -> Judged:
+            return super().judge(p, offer, torch.ones_like(accept), correct)
+
+    method = method_of(Stern, V, {})
+    (draft, p, _, correct), zero = rounds_of(method)[4], torch.zeros(5, dtype=torch.float64)
+    offer, _ = method.offer(*draft)
+    case = Case(p * 0.5 + 0.5 / V, offer, zero, correct)
+    assert method_of("dssd", V).judges([case])[0].accepted == 4
+    assert method.judges([case])[0].accepted == method.judge(*case).accepted < 4

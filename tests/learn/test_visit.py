@@ -13,7 +13,14 @@ from isthmus import seeds, tree
 from isthmus.learn.graph import Graphs, Mode
 from isthmus.learn.phase import Carry, Grad, Opt, Phase, Plan, Work
 from isthmus.learn.plan import shuffled_epochs_many
-from isthmus.learn.visit import expand, keys_of_steps, sequential, stack_alike, vectorised
+from isthmus.learn.visit import (
+    expand,
+    keys_of_steps,
+    keys_within,
+    sequential,
+    stack_alike,
+    vectorised,
+)
 from isthmus.models import optim
 from isthmus.tasks.contract import Batch, weighted_mean
 from isthmus.tree import Tree
@@ -222,6 +229,7 @@ def test_nothing_to_do() -> None:
 
 def test_steps_have_keys_of_their_own() -> None:
     table = keys_of_steps(KEYS, 3)
+    assert torch.equal(keys_within(torch.from_numpy(KEYS), 3), table)
     assert table.tolist() == [[seeds.fold(int(k), t) for t in range(3)] for k in KEYS]
     assert len(set(table.flatten().tolist())) == 12
 

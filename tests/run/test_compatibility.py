@@ -40,6 +40,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         f"{kind} reducer": {"server": (kind,)}
         for kind in ("mean", "coordinate", "adapter-factor", "adapter-product", "stack")
     },
+    "method that changes the backbone": {"backbone": True},
+    "method with a server of its own": {"server_half": True},
     **{f"{kind} schedule": {"schedule": kind} for kind in ("async", "gossip")},
     **{f"{kind} executor": {"executor": kind} for kind in ("auto", "vectorised", "sequential")},
     **{f"{kind} weights": {"weights": kind} for kind in ("examples", "uniform", "fixed")},

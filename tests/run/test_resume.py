@@ -188,6 +188,16 @@ def test_resuming_a_finished_run_changes_nothing(
     assert again.metrics[-1]["round"] == ROUNDS
 
 
+@pytest.mark.parametrize("name", ["environment.json", "checkpoint.safetensors"])
+def test_a_half_written_file_is_taken_away(name: str, tmp_path: Path) -> None:
+    """Killed while a file was written beside the one it is to replace."""
+    stopped(configured("scaffold", checkpoint=3), tmp_path / "run", 4)
+    half = tmp_path / "run" / f"{name}.new"
+    half.write_bytes(b"{")
+    api.resume(tmp_path / "run", task=TASK)
+    assert not half.exists()
+
+
 def test_a_torn_tail_is_cut_off(undisturbed: Callable[[str], Path], tmp_path: Path) -> None:
     config = configured("scaffold", checkpoint=3)
     stopped(config, tmp_path / "run", 4)

@@ -7,7 +7,7 @@ of heterogeneity, with less over-fitting.
 Here: digits, an MLP 64-32-10, SGD 0.1, batches of 10, 5 passes a round, 20 rounds, everyone takes
 part, a quarter of each client's items held out; lam 0.01, mu 0.1. Clients are scored on their own
 held-out items just after the server has mixed. 30 clients have a Dirichlet(0.3) share of each
-class; FedAvg is met on the authors' split, 20 clients and Dirichlet(0.1). The margin of an item is the
+class; FedAvg is met on the authors' split, 20 clients and Dirichlet(0.1). An item's margin is the
 cosine of its global feature to its own class less that to the nearest other one. Mean of three
 seeds, on the authors' split of two.
 

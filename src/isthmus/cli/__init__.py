@@ -45,6 +45,7 @@ VERBS: dict[str, dict[str, str]] = {
         "serve": "an OpenAI-compatible server in two parts",
         "chat": "talk to a served model in the terminal",
         "compress": "make a model smaller",
+        "registry": "which models fit a device, which devices can run a model",
     },
     "Trust": {
         "attack": "run an attack beside no attack and a random attacker",
@@ -53,7 +54,7 @@ VERBS: dict[str, dict[str, str]] = {
         "claim": "reproduce a paper's claim in miniature",
         "bench": "the comparison tables",
         "check": "run the contract tests on your own method or task",
-        "flower-run": "run a method as a Flower deployment",
+        "flower-run": "run an unmodified Flower app in this process, every message counted",
     },
 }
 

@@ -34,8 +34,12 @@ class Owned:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        return np.diff(self.starts)
+
     def sizes(self, clients: np.ndarray) -> np.ndarray:
-        return self.starts[clients + 1] - self.starts[clients]
+        return self._sizes[clients]
 
     def rows(self, client: int) -> np.ndarray:
         return self.order[self.starts[client] : self.starts[client + 1]]
@@ -54,7 +58,7 @@ class Cohort:
     keys: np.ndarray
     ranks: np.ndarray
     versions: np.ndarray
-    round: int
+    round: int | np.ndarray
     lr: float
     downs: Sequence[Tree]
     kept: Tree
@@ -76,6 +80,7 @@ class Cohort:
             versions=self.versions[rows],
             downs=[self.downs[i] for i in rows.tolist()],
             kept={name: x[index] for name, x in self.kept.items()},
+            round=self.round if isinstance(self.round, int) else self.round[rows],
             steps=None if self.steps is None else self.steps[rows],
         )
 
@@ -92,20 +97,33 @@ class Done:
     examples: Tensor
     gradients: Tensor
 
+    def take(self, rows: np.ndarray) -> Done:
+        """The work of the clients in these rows."""
+        index = torch.from_numpy(rows)
+
+        def pick(stacked: Tree) -> Tree:
+            return {name: x[index] for name, x in stacked.items()}
+
+        u = self.updates
+        updates = Updates(pick(u.delta), pick(u.values), pick(u.buffers), pick(u.scalars))
+        sums = (self.steps[index], self.examples[index], self.gradients[index])
+        return Done(updates, pick(self.kept), self.loss[index], pick(self.aux), *sums)
+
 
 @dataclass
 class Ground:
     """What all clients stand on: the model, its frozen tensors, the pool of data, who owns it.
 
-    `cost` is what one step of a phase costs for an example, in gradients of the task's loss, by
-    the phase's name; without it every gradient that a step takes is one.
+    `cost` is what a step of a phase costs, and what each example in it costs more, in gradients of
+    the task's loss, by the phase's name; without it every gradient that a step takes is one an
+    example.
     """
 
     module: nn.Module
     base: Tree
     columns: Tree
     owned: Owned
-    cost: Mapping[str, float] = field(default_factory=dict)
+    cost: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @cached_property
     def exact(self) -> bool:
@@ -117,24 +135,35 @@ class Ground:
         """The type in which the model computes."""
         return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
 
-    def plan(self, method: Method, phase: Phase, cohort: Cohort) -> Plan:
-        """The plans of a cohort `[n, T, b]`, pointing into the pool."""
+    def gradients(self, phase: Phase, steps: Any, examples: Any, grads: int) -> Any:
+        """The work of some steps over some examples, in gradients of the loss on one example."""
+        step, example = self.cost.get(phase.name, (0.0, grads))
+        return steps * step + examples * example
+
+    def plan(
+        self, method: Method, phase: Phase, cohort: Cohort, keys: np.ndarray | None = None
+    ) -> Plan:
+        """The plans of a cohort `[n, T, b]`, pointing into the pool; `keys` (of the phase), if
+        given, stand in place of the cohort's own."""
+        keys = cohort.keys if keys is None else keys
         sizes = self.owned.sizes(cohort.clients)
         if phase.plans is not None:
-            plan = phase.plans(cohort.keys, sizes)
+            plan = phase.plans(keys, sizes)
         elif type(method).plan is Method.plan:
-            plan = method.local.plans(cohort.keys, sizes, cohort.steps)
+            plan = method.local.plans(keys, sizes, cohort.steps)
         else:
-            plan = _padded([self._own_plan(method, phase, cohort, i) for i in range(len(cohort))])
-        starts = self.owned.starts[cohort.clients]
-        flat = plan.index.numpy() + starts[:, None, None]
+            phased = replace(cohort, keys=keys)
+            plan = _padded([self._own_plan(method, phase, phased, i) for i in range(len(cohort))])
+        flat = plan.index.numpy() + self.owned.starts[cohort.clients][:, None, None]
         if not sizes.all():  # a client without items may point behind the last row
             flat = np.minimum(flat, len(self.owned.order) - 1)
-        return Plan(torch.from_numpy(self.owned.order[flat]), plan.weight.to(self.dtype))
+        return Plan(torch.from_numpy(self.owned.order.take(flat)), plan.weight.to(self.dtype))
 
     def _own_plan(self, method: Method, phase: Phase, cohort: Cohort, i: int) -> Plan:
         rows = torch.from_numpy(self.owned.rows(int(cohort.clients[i])))
-        data = Data({n: x[rows] for n, x in self.columns.items()}, int(cohort.keys[i]))
+        columns = {name: x[rows] for name, x in self.columns.items()}
+        down = {**self.base, **cohort.downs[i]}
+        data = Data(columns, int(cohort.keys[i]), self.module, down)
         kept = {name: x[i] for name, x in cohort.kept.items()}
         return method.plan(phase, visit_of(cohort, self, i), data, kept)
 
@@ -149,8 +178,10 @@ def table_of(cohort: Cohort, ground: Ground) -> tuple[Tensor, Tensor]:
     whole = np.empty((5, len(cohort)), np.int64)
     whole[0], whole[1], whole[2] = cohort.clients, cohort.round, cohort.versions
     whole[3], whole[4] = cohort.ranks, cohort.keys
-    real = np.zeros((3, len(cohort)))
-    real[0], real[2] = ground.owned.sizes(cohort.clients), cohort.lr
+    real = np.empty((3, len(cohort)))
+    real[0], real[1], real[2] = ground.owned.sizes(cohort.clients), 0.0, cohort.lr
+    if ground.dtype == torch.float32:  # numpy's conversion of a few numbers costs less
+        return torch.from_numpy(whole), torch.from_numpy(real.astype(np.float32))
     return torch.from_numpy(whole), torch.from_numpy(real).to(ground.dtype)
 
 

@@ -1,57 +1,42 @@
-"""A model in two halves, `head(features(x))`: what methods that act between them need."""
+"""A model of two halves, `features` and `head`, of which one may stay with its client."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from isthmus.errors import InputError
+from isthmus.tasks.contract import Role
 
 
-class Call(NamedTuple):
-    """One call of a module: what it was given, and what came out."""
-
-    given: tuple[Any, ...]
-    made: Tensor
-
-
-def halves(module: nn.Module, method: str) -> tuple[nn.Module, nn.Linear]:
-    """`features` and the linear `head` of a model; raises `InputError` where one is missing."""
-    features, head = getattr(module, "features", None), getattr(module, "head", None)
-    if not (isinstance(features, nn.Module) and isinstance(head, nn.Linear)):
-        wanted = f"one with features and a linear head, with method {method}"
-        raise InputError("model", type(module).__name__, wanted)
-    return features, head
+def demand(module: nn.Module, kind: type) -> nn.Module:
+    """The module; raises `InputError` unless it has the two halves that this method needs."""
+    for half in ("features", "head"):
+        if not isinstance(getattr(module, half, None), nn.Module):
+            raise InputError("method", _name(kind), f"one for a model without {half}")
+    return module
 
 
-@contextmanager
-def watched(module: nn.Module) -> Iterator[list[Call]]:
-    """The calls of a module while the block runs, in their order.
-
-    >>> layer = nn.ReLU()
-    >>> with watched(layer) as calls:
-    ...     _ = layer(torch.tensor([-1.0, 2.0]))
-    >>> calls[0].made
-    tensor([0., 2.])
-    """
-    calls: list[Call] = []
-
-    def seen(_: nn.Module, given: tuple[Any, ...], made: Tensor) -> None:
-        calls.append(Call(given, made))
-
-    handle = module.register_forward_hook(seen)
-    try:
-        yield calls
-    finally:
-        handle.remove()
+def linear_head(module: nn.Module, kind: type) -> nn.Linear:
+    """The head; raises `InputError` unless it is one linear layer."""
+    head = demand(module, kind).head
+    if not isinstance(head, nn.Linear):
+        raise InputError(
+            "method", _name(kind), "one for a model whose head is not one linear layer"
+        )
+    return head
 
 
-def shares(weight: Tensor, like: Tensor) -> Tensor:
-    """The weights `[b]` of a batch as shares of their sum, 0 where all are 0; dtype of `like`."""
-    weight = weight.to(like.dtype)
-    total = weight.sum()
-    return weight / torch.where(total > 0, total, torch.ones_like(total))
+def _name(kind: type) -> str:
+    return getattr(kind, "catalogue_name", kind.__name__)
+
+
+def is_head(name: str) -> bool:
+    """True for the name of a tensor of the head."""
+    return name.startswith("head.")
+
+
+def personal(given: Mapping[str, Role], mine: Callable[[str], bool]) -> dict[str, Role]:
+    """The roles with what was shared and is `mine` made local."""
+    return {n: "local" if role == "shared" and mine(n) else role for n, role in given.items()}

@@ -89,10 +89,13 @@ class Names:
 
 
 class Data(NamedTuple):
-    """One client's items, for a method that orders them by content."""
+    """One client's items, for a method that orders them by content, and what it can judge them by:
+    the network, and all its tensors that the client has been sent."""
 
     columns: Tree
     key: int
+    module: nn.Module
+    down: Tree
 
 
 @dataclass
@@ -116,6 +119,8 @@ class Method:
     product_space: ClassVar[bool] = False
     stacks: ClassVar[bool] = False
     """The server keeps every upload (`federated.stack`), not one mean of them."""
+    reads_meta: ClassVar[bool] = False
+    """Its server half reads how much each client has or did, which a mask would hide."""
     plugs_in: ClassVar[bool] = False
     """May stand before another method, as in `dbe+fedprox`: its hooks go on to `super()`."""
 

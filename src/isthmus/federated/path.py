@@ -49,6 +49,7 @@ FIELDS = {
     "examples": Field("f64", low=0.0),
     "steps": Field("u32"),
     "rank": Field("u16"),
+    "loss": Field("f64"),
 }
 """What an update may declare; its session is the round and its sequence the client."""
 
@@ -87,7 +88,7 @@ class Path:
     guard: Guard = "raise"
     download: Codec = field(default_factory=Dense)
     axes: Axes = field(default_factory=dict)
-    _schemas: dict[Any, tuple[Schema, Template]] = field(default_factory=dict)
+    _schemas: dict[Any, tuple[Schema, Template, int]] = field(default_factory=dict)
 
     # -- down ---------------------------------------------------------------------------
 
@@ -100,16 +101,16 @@ class Path:
         """
         crossing = _sliced(sent, rank, axes or {})
         stacked = {name: x.unsqueeze(0) for name, x in crossing.items()}
-        plain = _plain(self.download)
+        plain = is_plain(self.download)
         payload = (
             Payload(stacked) if plain else self.download.encode_many(stacked, [key], declared=True)
         )
-        schema, template = self._schema("model", _MODEL, (), stacked, payload.tensors)
+        schema, template, values = self._schema("model", _MODEL, (), stacked, payload.tensors)
         parcel = encode_many(schema, {}, payload.tensors, session=round)
         _, tensors = decode_many(parcel, schema)
         got = tensors if plain else self.download.decode_many(Payload(tensors, {}, 1), template)
         arrived = _widened(tree.row(got, 0), sent)
-        return arrived, int(parcel.sizes[0]), _values(payload.tensors)
+        return arrived, int(parcel.sizes[0]), values
 
     # -- up -----------------------------------------------------------------------------
 
@@ -126,6 +127,13 @@ class Path:
         `kept` is what the clients keep, stacked; the codec's memory is added to it. `origin()`
         gives the tensors from which `values` are measured where a change is bounded or noised.
         """
+        updates, events = self.protected(updates, keys, key, origin)
+        return self.crossed(updates, kept, keys, events)
+
+    def protected(
+        self, updates: Updates, keys: np.ndarray, key: int, origin: Callable[[], Tree] = dict
+    ) -> tuple[Updates, list[dict[str, Any]]]:
+        """Clip and local noise, and the attack, which skips both; the events for the ledger."""
         honest = updates
         events: list[dict[str, Any]] = []
         if self.clip is not None:
@@ -141,7 +149,13 @@ class Path:
             updates = _over(updates, noise, origin())
         if self.attack is not None:
             updates = self._attacked(honest, updates, key)
-        if self.guard == "raise" or _plain(self.codec):
+        return updates, events
+
+    def crossed(
+        self, updates: Updates, kept: Tree, keys: np.ndarray, events: list[dict[str, Any]]
+    ) -> Sent:
+        """Codec, bytes, decoding: what the far side has of these uploads."""
+        if self.guard == "raise" or is_plain(self.codec):
             return self._cross(updates, kept, keys, events)
         return self._cross_sound(updates, kept, keys, events)
 
@@ -205,9 +219,9 @@ class Path:
         wide = some.values
         if rank is not None:
             some = replace(some, values=_sliced(wide, rank, self.axes))
-        tensors = _joined(some)
+        tensors = joined(some)
         memory: Tree = {}
-        plain = _plain(self.codec)
+        plain = is_plain(self.codec)
         own = torch.from_numpy(seeds.keys_of(keys[rows], _CODEC)) if not plain else None
         if own is None:
             payload = Payload(tensors, {}, len(rows))
@@ -219,26 +233,27 @@ class Path:
             payload, after = self.feedback.step_many(tensors, own, before, declared=True)
             memory = {MEMORY + name: x for name, x in after.items()}
         fields: dict[str, list[float]] = {
-            "examples": [m.n_examples for m in some.meta],
+            "examples": [float(m.n_examples) for m in some.meta],
             "steps": [m.steps for m in some.meta],
         }
         if rank is not None:
             fields["rank"] = [rank] * len(some.meta)
-        schema, template = self._schema("update", _UPDATE, fields, tensors, payload.tensors)
+        if some.meta[0].loss is not None:  # a selection of clients asks for it
+            fields["loss"] = [m.loss or 0.0 for m in some.meta]
+        schema, template, values = self._schema("update", _UPDATE, fields, tensors, payload.tensors)
         clients = [m.client for m in some.meta]
         parcel = encode_many(
-            schema, fields, payload.tensors, session=some.meta[0].round, sequence=clients
+            schema, fields, payload.tensors, session=_rounds(some.meta), sequence=clients
         )
         _, arrived = decode_many(parcel, schema, finite=self.guard == "raise")
         got = (
             arrived if plain else self.codec.decode_many(Payload(arrived, {}, len(rows)), template)
         )
-        parted = _split(got)
+        parted = split(got)
         if rank is not None:
             parted["values"] = _widened(parted["values"], wide)
         back = Updates(**cast(Any, parted), meta=some.meta)
-        values = np.full(len(rows), _values(payload.tensors) // max(1, len(rows)))
-        return back, parcel.sizes, values, memory
+        return back, parcel.sizes, np.full(len(rows), values), memory
 
     def pairs(self, changes: Tree) -> tuple[int, int]:
         """Bytes of the message that carries changes of the base, honest and of values alone.
@@ -252,26 +267,37 @@ class Path:
 
     def _schema(
         self, kind: str, number: int, fields: Iterable[str], plain: Tree, packed: Tree
-    ) -> tuple[Schema, Template]:
-        """The schema of messages with these packed tensors, and the template of the plain ones."""
+    ) -> tuple[Schema, Template, int]:
+        """The schema of messages with these packed tensors, the template of the plain ones, and
+        the bytes of the values in a message."""
         shapes = tuple([(name, x.dtype, x.shape[1:]) for name, x in plain.items()])
         found = self._schemas.get((kind, shapes))
         if found is None:
             template = {name: TensorSpec(x.dtype, tuple(x.shape[1:])) for name, x in plain.items()}
             declared = {name: FIELDS[name] for name in fields}
-            found = Schema.of_tree(kind, number, declared, tree.row(packed, 0)), template
+            one = tree.row(packed, 0)
+            found = Schema.of_tree(kind, number, declared, one), template, _values(one)
             self._schemas[kind, shapes] = found
         return found
 
     # -- at the server ------------------------------------------------------------------
 
     def reduce(
-        self, method: Method, state: State, updates: Updates, ctx: Context
+        self,
+        method: Method,
+        state: State,
+        updates: Updates,
+        ctx: Context,
+        weights: Tensor | None = None,
     ) -> tuple[Reduced, Updates]:
-        """Guard, clip again, select, reduce, noise: what `server` gets, and the uploads used."""
+        """Guard, clip again, select, reduce, noise: what `server` gets, and the uploads used.
+
+        `weights` `[n]` are those of a schedule that weighs uploads itself.
+        """
         if self.guard != "raise":  # decoding has raised already
             updates = self._guarded(updates)
-        weights = method.weigh(updates.meta)
+        if weights is None:
+            weights = method.weigh(updates.meta)
         if self.central is not None:
             origin = method.origin(state, ctx.extras.get("down", {}), ctx.round)
             updates = _over(updates, self.central.clipped, origin)
@@ -301,7 +327,7 @@ class Path:
         parts = {"delta": reduced.tensors, "values": reduced.values, "buffers": reduced.buffers}
         total = {f"{part}/{name}": x for part, held in parts.items() for name, x in held.items()}
         noise = self.central.central(total, int(seeds.fold(key, _CENTRAL_NOISE)))
-        own = _split(noise.tensors, NOISED)
+        own = split(noise.tensors, NOISED)
         return replace(
             reduced,
             tensors=own["delta"],
@@ -312,12 +338,10 @@ class Path:
 
     def _guarded(self, updates: Updates) -> Updates:
         """The finite guard: `drop` leaves a client with NaN or infinity out, `clip` zeroes them."""
-        tensors = _joined(updates)
+        tensors = joined(updates)
         if all(_finite(x) for x in tensors.values()):
             return updates
-        good = torch.stack(
-            [torch.isfinite(x).reshape(len(updates), -1).all(1) for x in tensors.values()]
-        ).all(0)
+        good = finite_rows(updates, len(updates))
         if self.guard == "clip":
             cleaned = {name: torch.nan_to_num(x, 0.0, 0.0, 0.0) for name, x in tensors.items()}
             return _with(updates, cleaned)
@@ -329,7 +353,13 @@ class Path:
 _LOCAL_NOISE, _CODEC, _CENTRAL_NOISE = 101, 102, 103
 
 
-def _plain(codec: Codec) -> bool:
+def _rounds(meta: Sequence[Meta]) -> int | list[int]:
+    """The round of each upload; one number where it is the same for all."""
+    first = meta[0].round
+    return first if all(m.round == first for m in meta) else [m.round for m in meta]
+
+
+def is_plain(codec: Codec) -> bool:
     """True when tensors are sent as they are, so that there is nothing to encode."""
     return isinstance(codec, Dense) and codec.format == "exact"
 
@@ -341,13 +371,19 @@ def _finite(x: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _joined(updates: Updates, parts: Sequence[str] = PARTS) -> Tree:
+def finite_rows(updates: Updates, n: int) -> Tensor:
+    """Which of n uploads hold neither NaN nor infinity: bool `[n]`."""
+    rows = [x.reshape(n, -1) for x in joined(updates).values()]
+    return torch.stack([torch.isfinite(x).all(1) for x in rows]).all(0)
+
+
+def joined(updates: Updates, parts: Sequence[str] = PARTS) -> Tree:
     """All tensors of some uploads in one tree, each with the name of its part in front."""
     return {f"{part}/{name}": x for part in parts for name, x in getattr(updates, part).items()}
 
 
-def _split(flat: Tree, parts: Sequence[str] = PARTS) -> dict[str, Tree]:
-    """The inverse of `_joined`."""
+def split(flat: Tree, parts: Sequence[str] = PARTS) -> dict[str, Tree]:
+    """The inverse of `joined`."""
     split: dict[str, Tree] = {part: {} for part in parts}
     for name, x in flat.items():
         part, _, own = name.partition("/")
@@ -357,7 +393,7 @@ def _split(flat: Tree, parts: Sequence[str] = PARTS) -> dict[str, Tree]:
 
 def _with(updates: Updates, flat: Tree, parts: Sequence[str] = PARTS) -> Updates:
     """The uploads with the tensors of `flat` in place of their own."""
-    return replace(updates, flat=None, **cast(Any, _split(flat, parts)))
+    return replace(updates, flat=None, **cast(Any, split(flat, parts)))
 
 
 def _over(updates: Updates, function: Callable[[Tree], Tree], origin: Tree) -> Updates:
@@ -366,8 +402,7 @@ def _over(updates: Updates, function: Callable[[Tree], Tree], origin: Tree) -> U
     Values that have an origin are measured from it: what is bounded is always a change.
     """
     values = {n: x - origin[n] if n in origin else x for n, x in updates.values.items()}
-    joined = _joined(replace(updates, values=values), NOISED)
-    parts = _split(function(joined), NOISED)
+    parts = split(function(joined(replace(updates, values=values), NOISED)), NOISED)
     parts["values"] = {n: x + origin[n] if n in origin else x for n, x in parts["values"].items()}
     return replace(updates, **parts, flat=None)
 

@@ -12,16 +12,18 @@ import torch
 
 from isthmus import seeds
 from isthmus.contracts import Context, Meta, Updates
+from isthmus.errors import InputError
 from isthmus.federated.cohort import Cohort, Done, Executor, Ground
+from isthmus.federated.fleet import Fleet
+from isthmus.federated.masked import Masked
 from isthmus.federated.method import Known, Method, State
 from isthmus.federated.path import MEMORY, Path, Sent
-from isthmus.federated.schedulers.sync import Sync
 from isthmus.federated.store import ClientStore
 from isthmus.learn.phase import Purpose
 from isthmus.tree import Tree
-from isthmus.wire.device import Device, spend_each
+from isthmus.wire.device import Device
 from isthmus.wire.ledger import Ledger
-from isthmus.wire.link import Attempts, Delivery, Link
+from isthmus.wire.link import Attempts, Delivery, Direction, Link
 
 SERVER = "server"
 
@@ -43,18 +45,19 @@ class Federation:
     """A server, its clients and all between them.
 
     `state`, `round`, `now` and `versions` (the base version each client holds) are what changes;
-    the rest stays as it was built. `flops` is the work of one gradient on one example.
+    the rest stays as it was built. `flops` is the work of one gradient on one example, `deadline`
+    the seconds after which a round no longer waits for uploads.
     """
 
     method: Method
     ground: Ground
     path: Path
     executor: Executor
-    schedule: Sync
+    schedule: Any
     store: ClientStore
     ledger: Ledger
     link: Link
-    devices: Sequence[Device]
+    fleet: Fleet
     server: Device
     seed: int
     flops: float
@@ -64,6 +67,8 @@ class Federation:
     versions: np.ndarray
     round: int = 0
     now: float = 0.0
+    deadline: float | None = None
+    masked: Masked | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
     names: Sequence[str] = ()
     _named: tuple[bytes, list[str]] = field(default_factory=lambda: (b"", list[str]()))
@@ -79,16 +84,42 @@ class Federation:
             self._named = (wanted, names)
         return names
 
+    @property
+    def apart(self) -> bool:
+        """True when each client is sent a model of its own."""
+        return self.method.personal_download
+
+    def downloads(self, clients: np.ndarray) -> list[Tree]:
+        """What each of these clients would be sent now; one object where it is the same."""
+        made: dict[int, Tree] = {}
+        ranks = self.ranks[clients].tolist()
+        slots = clients.tolist() if self.apart else ranks
+        for slot, client, rank in zip(slots, clients.tolist(), ranks, strict=True):
+            if slot not in made:
+                known = Known(client, rank, int(self.versions[client]))
+                made[slot] = self.method.send(self.state, known)
+        return [made[slot] for slot in slots]
+
     def step(self) -> Report:
         """Play one round; before the first one, the warm-up of a method that has one."""
         if self.round == 0 and self.method.phases("warm-up"):
             self._exchange(np.arange(len(self.ground.owned)), "warm-up")
         self.round += 1
-        return self._exchange(self.schedule.clients(self.round), "train")
+        return self._exchange(self._chosen(), "train")
+
+    def _chosen(self) -> np.ndarray:
+        """Who takes part, of those who can be reached; where nobody can, the clock goes on."""
+        if self.fleet.sure:
+            return self.schedule.clients(self.round)
+        opens = self.fleet.opens(self.now)
+        if opens is None:
+            raise InputError("battery", "every device is flat", "a larger one, or fewer rounds")
+        self.now = opens
+        return self.schedule.clients(self.round, self.fleet.reachable(self.now))
 
     def _exchange(self, clients: np.ndarray, purpose: Purpose) -> Report:
         """Send, work, send back, reduce, update."""
-        key = seeds.key(self.seed, "round", self.round)
+        key, began = seeds.key(self.seed, "round", self.round), self.now
         if not len(clients):
             return self._nobody(key)
         kept = self.store.get(clients)
@@ -113,7 +144,17 @@ class Federation:
         )
         done = self.executor.run(self.method, self.ground, cohort)
         finished = self._work(cohort, done, arrival.done[here])
-        return self._receive(cohort, done, kept, finished, key)
+        if self.masked is not None:
+            finished = np.maximum(finished, self._meet(clients, arrival.done[here], key))
+        if not self.fleet.sure:
+            back = ~self.fleet.vanishes(cohort.keys)
+            if not back.all():
+                self.now = max(self.now, float(finished.max()))  # that it waited for them
+                cohort, done = cohort.take(np.flatnonzero(back)), done.take(np.flatnonzero(back))
+                kept, finished = _rows(kept, back), finished[back]
+            if not len(cohort):
+                return self._nobody(key)
+        return self._receive(cohort, done, kept, finished, key, began)
 
     def _nobody(self, key: int) -> Report:
         """A round without clients: the server learns nothing, but its noise is still added."""
@@ -196,12 +237,9 @@ class Federation:
 
     def _work(self, cohort: Cohort, done: Done, begun: np.ndarray) -> np.ndarray:
         """Enter what each client computed; when each has finished."""
-        flops = done.gradients.numpy().astype(np.float64) * self.flops
-        if len(self.devices) == 1:
-            spent = self.devices[0].spend(flops)
-        else:
-            owners = [self.devices[c % len(self.devices)] for c in cohort.clients.tolist()]
-            spent = spend_each(owners, flops)
+        flops = np.multiply(done.gradients.numpy(), self.flops, dtype=np.float64)
+        spent = self.fleet.spend(cohort.clients, flops, cohort.keys)
+        self.fleet.drain(cohort.clients, spent.joules)
         names = self.named(cohort.clients)
         self.ledger.later(
             len(names), "work", sender=names, receiver=names, kind="train", t=begun,
@@ -212,7 +250,13 @@ class Federation:
     # -- up -----------------------------------------------------------------------------
 
     def _receive(
-        self, cohort: Cohort, done: Done, kept: Tree, finished: np.ndarray, key: int
+        self,
+        cohort: Cohort,
+        done: Done,
+        kept: Tree,
+        finished: np.ndarray,
+        key: int,
+        began: float,
     ) -> Report:
         """Carry the uploads up, reduce them and update the server."""
         updates = done.updates
@@ -224,8 +268,10 @@ class Federation:
                 cohort.clients.tolist(), sizes, done.steps.tolist(), ranks, strict=True
             )
         ]
-        weight = np.array(sizes, dtype=np.float64)
-        share = weight / max(weight.sum(), 1.0)
+        if self.schedule.needs_loss:
+            losses = np.nan_to_num(done.loss.double().numpy()).tolist()  # a diverged one is guarded
+            updates.meta = [m._replace(loss=x) for m, x in zip(updates.meta, losses, strict=True)]
+        share = np.array(sizes, dtype=np.float64) / max(sum(sizes), 1)
         loss = float(done.loss.numpy() @ share)
         aux = {name: float(x.numpy() @ share) for name, x in done.aux.items()}
         left = {**done.kept, **{name: x for name, x in kept.items() if name.startswith(MEMORY)}}
@@ -235,8 +281,12 @@ class Federation:
             self.now = float(finished.max())
             return Report(self.round, self.now, loss, aux, clients, clients, {})
         origin = partial(self.method.origin, self.state, cohort.downs[0], self.round)
-        sent = self.path.up(updates, left, cohort.keys, seeds.fold(key, 3), origin)
-        return self._upload(cohort, sent, finished, loss, aux, key)
+        updates, events = self.path.protected(updates, cohort.keys, seeds.fold(key, 3), origin)
+        if self.masked is not None:
+            weights = self.masked.weights(self.method, updates.meta)
+            updates = self.masked.hide(updates, weights, cohort.keys)
+        sent = self.path.crossed(updates, left, cohort.keys, events)
+        return self._upload(cohort, sent, finished, loss, aux, key, began)
 
     def _upload(
         self,
@@ -246,8 +296,9 @@ class Federation:
         loss: float,
         aux: dict[str, float],
         key: int,
+        began: float,
     ) -> Report:
-        """Send what was coded; what arrives is mixed.
+        """Send what was coded; what arrives, and in time where there is a deadline, is mixed.
 
         A client whose upload does not arrive keeps what it had, as if it had not been asked.
         """
@@ -267,11 +318,22 @@ class Federation:
             round=self.round,
             sequence=senders,
         )
-        self.now = float(delivery.done.max())
+        self.fleet.drain(senders, delivery.joules)
+        if self.deadline is not None:
+            late = delivery.done > began + self.deadline
+            delivery = delivery._replace(
+                done=np.minimum(delivery.done, began + self.deadline),
+                delivered=delivery.delivered & ~late,
+            )
+        self.now = max(self.now, float(delivery.done.max()))
         for event in sent.events:
             for name in names:
                 self.ledger.privacy(self.now, name, event, self.round)
         arrived, kept, who = sent.updates, sent.kept, cohort.clients
+        if self.schedule.needs_loss:
+            here = np.flatnonzero(delivery.delivered)
+            losses = np.array([arrived.meta[i].loss for i in here.tolist()])
+            self.schedule.seen(self.round, senders[here], losses, delivery.done[here] - began)
         if not delivery.delivered.all():
             arrived = arrived.take(np.flatnonzero(delivery.delivered).tolist())
         if len(arrived) < len(cohort):
@@ -293,11 +355,75 @@ class Federation:
         key: int,
     ) -> Report:
         context = Context(self.round, key, {**self.extras, "down": down})
-        reduced, used = self.path.reduce(self.method, self.state, arrived, context)
+        if self.masked is not None:
+            self._unmasking(np.array(arrived.clients), key)
+            shapes = {f"delta/{name}": x.dtype for name, x in self.state["shared"].items()}
+            reduced, used = self.masked.reveal(arrived, shapes), arrived
+        else:
+            reduced, used = self.path.reduce(self.method, self.state, arrived, context)
         if "privacy" in reduced.diag:
             self.ledger.privacy(self.now, SERVER, reduced.diag["privacy"], self.round)
         self.state = self.method.server(self.state, reduced, used.meta)
         return Report(self.round, self.now, loss, aux, clients, used.clients, reduced.diag)
+
+    # -- secure aggregation -------------------------------------------------------------
+
+    def _meet(self, clients: np.ndarray, begun: np.ndarray, key: int) -> np.ndarray:
+        """Exchange keys and shares, while the clients train: when each has those of all."""
+        assert self.masked is not None  # only called with a mask
+        self.masked.meeting = meeting = self.masked.mask.meet(clients.tolist(), key)
+        ready = begun
+        for i, kind in enumerate(("keys", "shares")):
+            there = self._pass(clients, kind, meeting.up[i], "up", ready, seeds.fold(key, 20 + i))
+            all_there = np.full(len(clients), there.max())
+            down = meeting.down[i]
+            ready = self._pass(clients, kind, down, "down", all_there, seeds.fold(key, 30 + i))
+        return ready
+
+    def _unmasking(self, clients: np.ndarray, key: int) -> None:
+        """The survivors are told who they are, and give the shares that open the sum."""
+        assert self.masked is not None and self.masked.meeting is not None
+        up, down = self.masked.meeting.closing()
+        now = np.full(len(clients), self.now)
+        told = self._pass(clients, "survivors", down, "down", now, seeds.fold(key, 40))
+        given = self._pass(clients, "opening", up, "up", told, seeds.fold(key, 41))
+        self.now = float(given.max())
+
+    def _pass(
+        self, clients: np.ndarray, kind: str, size: int, way: Direction, now: np.ndarray, key: int
+    ) -> np.ndarray:
+        """A message of `size` bytes to or from each client, sent until it arrives; when it has."""
+        names = self.named(clients)
+        done, left = now, np.arange(len(clients))
+        while len(left):
+            some = self.link.send_many(
+                np.full(len(left), size), way, done[left], key=key, index=clients[left]
+            )
+            mine = [names[i] for i in left.tolist()]
+            some.enter(
+                self.ledger,
+                sender=mine if way == "up" else SERVER,
+                receiver=SERVER if way == "up" else mine,
+                kind=kind,
+                values=size,
+                round=self.round,
+                sequence=clients[left],
+            )
+            done = done.copy()
+            done[left] = some.done
+            left, key = left[~some.delivered], seeds.fold(key, 1)
+        return done
+
+    # -- a checkpoint -------------------------------------------------------------------
+
+    def journal(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a checkpoint keeps beside state, versions and clock: JSON values and tensors."""
+        return {"schedule": self.schedule.state()}, {"spent": torch.from_numpy(self.fleet.spent)}
+
+    def take_up(self, about: dict[str, Any], tensors: dict[str, Any]) -> None:
+        """Take up a `journal` again."""
+        self.schedule.restore(about["schedule"])
+        self.fleet.spent = tensors["spent"].numpy().copy()
 
 
 def _rows(stacked: Tree, keep: np.ndarray) -> Tree:

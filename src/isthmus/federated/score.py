@@ -11,7 +11,6 @@ from torch import nn
 
 from isthmus import seeds, tree
 from isthmus.federated.cohort import Cohort
-from isthmus.federated.method import Known
 from isthmus.federated.round import Federation
 from isthmus.learn.recalibrate import recalibrate
 from isthmus.models.bind import bind
@@ -67,12 +66,7 @@ def recalibrated(fed: Federation, task: Task, tensors: Tree, clients: Iterable[i
 def personal(fed: Federation, moment: Moment = "mixed") -> bool:
     """True when clients predict with models of their own."""
     method = fed.method
-    return bool(
-        moment == "trained"
-        or method.names.local
-        or method.personal_download
-        or method.phases("score")
-    )
+    return bool(moment == "trained" or method.names.local or fed.apart or method.phases("score"))
 
 
 def models_of(
@@ -87,7 +81,7 @@ def models_of(
     """
     method = fed.method
     fixed = {**fed.ground.base, **method.base(fed.state)}
-    if moment == "mixed" and not method.phases("score") and not method.personal_download:
+    if moment == "mixed" and not method.phases("score") and not fed.apart:
         yield from (model_of(fed, tree.row(kept, i)) for i in range(len(clients)))
         return
     key = seeds.key(fed.seed, "visit" if moment == "trained" else "score", fed.round + 1)
@@ -99,24 +93,12 @@ def models_of(
         versions=np.full(len(clients), fed.round),
         round=fed.round + 1,
         lr=fed.lr(fed.round + 1),
-        downs=_sent(fed, clients),
+        downs=fed.downloads(clients),
         kept=kept,
         purpose="train" if moment == "trained" else "score",
     )
     params = fed.executor.params(method, fed.ground, cohort)
     yield from ({**fixed, **tree.row(params, i)} for i in range(len(clients)))
-
-
-def _sent(fed: Federation, clients: np.ndarray) -> list[Tree]:
-    """What the server would send to each of these clients; one object where it is the same."""
-    made: dict[int, Tree] = {}
-    for client in clients.tolist():
-        rank = int(fed.ranks[client])
-        slot = client if fed.method.personal_download else rank
-        if slot not in made:
-            made[slot] = fed.method.send(fed.state, Known(client, rank, int(fed.versions[client])))
-    slots = clients if fed.method.personal_download else fed.ranks[clients]
-    return [made[int(slot)] for slot in slots]
 
 
 def evaluate(

@@ -85,10 +85,12 @@ def forward(shape: Shape, lengths: Sequence[tuple[int, int]], rows: int | None =
     >>> forward(tiny, [(1, 5), (2, 0)], rows=1).flops
     340
     """
-    tokens = sum(n for n, _ in lengths)
-    out = tokens if rows is None else sum(min(n, rows) for n, _ in lengths)
-    pairs = sum(n * (context + n) for n, context in lengths)
-    held = sum(context + n for n, context in lengths)
+    tokens = out = pairs = held = 0
+    for n, context in lengths:
+        tokens += n
+        out += n if rows is None else min(n, rows)
+        pairs += n * (context + n)
+        held += context + n
     return Cost(
         tokens * shape.body + out * shape.head + pairs * shape.attention,
         shape.weights + held * shape.kv,

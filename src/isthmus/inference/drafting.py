@@ -12,7 +12,7 @@ from torch import Tensor
 
 from isthmus.inference.chance import Role, chances
 from isthmus.inference.engine import Engine, Pending, Proposal
-from isthmus.inference.method import Costs, Kept, Method, Origin, Seen
+from isthmus.inference.method import Costs, Draft, Kept, Method, Origin, Seen, Settled, Told
 from isthmus.inference.work import drafting
 from isthmus.models.decode import Law
 from isthmus.wire.clock import Work
@@ -57,7 +57,6 @@ class Drafting:
         self.seen = Seen()
         self.rounds = 0
         self.drafted: list[int] = []  # of the offer that waits for its verdict
-        self.settled: tuple[int, int, Origin] = (0, 0, "target")  # by the last verdict
         self.ended: Ended = ""
         self._kept = Kept(torch.empty(0, dtype=torch.int64), self._none().rows)
         self._held = 0  # tokens in memory: of the text first, then drafted ones
@@ -67,18 +66,30 @@ class Drafting:
 
     def round(self) -> list[Work]:
         """Begin to draft; what that takes, nothing where nothing is to be drafted."""
+        count = self.begin()
+        return self._works(count, "draft") if count else []
+
+    def begin(self) -> int:
+        """Begin to draft; how many tokens."""
         count = self.method.length(self.seen, self.costs) if self.method.drafts else 0
-        count = min(count, self.total - len(self.ids) - 1)
-        if count <= 0:
-            return []
-        return self._propose(count, _drafting_law(self.method, self.law), "draft", "draft")
+        count = max(min(count, self.total - len(self.ids) - 1), 0)
+        if count:
+            self._begin(count, _drafting_law(self.method, self.law), "draft")
+        return count
 
     def offer(self) -> Message:
         """The offer of what was drafted since the last one."""
+        return self.keep(*self.method.offer(*self.draft()))
+
+    def draft(self) -> Draft:
+        """What was drafted since the last offer."""
         at, proposal = len(self.ids), self._proposal()
         u = self.chance("void", at, len(proposal.ids))
-        offer, self._kept = self.method.offer(at, self.ids[-1], *proposal, u)
-        self.drafted = self._kept.ids.tolist()
+        return Draft(at, self.ids[-1], *proposal, u)
+
+    def keep(self, offer: Message, kept: Kept) -> Message:
+        """Keep what an offer needs until its verdict; the offer."""
+        self._kept, self.drafted = kept, kept.ids.tolist()
         return offer
 
     @property
@@ -89,9 +100,17 @@ class Drafting:
     def settle(self, verdict: Message) -> tuple[int, list[Drawn]]:
         """How many drafted tokens stand by a verdict, and what the text went on with: these and
         one more, up to the first that ends it. Raises `WireError` for what no edge sends."""
+        return self.go_on(self._settled(verdict))
+
+    def told(self, verdict: Message) -> Told:
+        """What is to be settled by a verdict."""
+        correct = self.chance("correct", len(self.ids), len(self.drafted) + 1)
+        return Told(self._kept, verdict, correct)
+
+    def go_on(self, settled: Settled) -> tuple[int, list[Drawn]]:
+        """`settle` by what a verdict means."""
         at, n = len(self.ids), len(self.drafted)
-        self.settled = self._settled(verdict, self.chance("correct", at, n + 1))
-        accepted, token, origin = self.settled
+        accepted, token, origin = settled
         if n:
             rounds, judged, stood = self.seen
             self.seen = Seen(rounds + 1, judged + min(accepted + 1, n), stood + accepted)
@@ -102,7 +121,8 @@ class Drafting:
 
     def alone(self) -> list[Work]:
         """Begin to draw the next token by the draft alone, by the numbers of plain decoding."""
-        return self._propose(1, self.law, "correct", "decode")
+        self._begin(1, self.law, "correct")
+        return self._works(1, "decode")
 
     def decoded(self) -> list[Drawn]:
         """The token drawn alone."""
@@ -128,8 +148,8 @@ class Drafting:
 
     # what the texts of a rehearsal do otherwise
 
-    def _settled(self, verdict: Message, correct: Tensor) -> tuple[int, int, Origin]:
-        return self.method.settle(self._kept, verdict, correct)
+    def _settled(self, verdict: Message) -> Settled:
+        return self.method.settle(*self.told(verdict))
 
     def _begin(self, count: int, law: Callable[[Tensor], Tensor], role: Role) -> None:
         assert self.engine is not None  # sessions ask for a draft where one is needed
@@ -143,11 +163,9 @@ class Drafting:
 
     # the memory
 
-    def _propose(
-        self, count: int, law: Callable[[Tensor], Tensor], role: Role, kind: str
-    ) -> list[Work]:
+    def _works(self, count: int, kind: str) -> list[Work]:
+        """What it takes to draw so many tokens from here."""
         assert self.engine is not None  # sessions ask for a draft where one is needed
-        self._begin(count, law, role)
         fed = len(self.ids) - self._held
         return drafting(self.engine, kind, self._held, fed, count, self.session, self.rounds)
 

@@ -3,20 +3,24 @@ and the target at work on many, reading their prompts or judging what was drafte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from isthmus.inference.engine import Engine
-from isthmus.inference.method import Drafted, Judged, Method
+from isthmus.inference.method import Case, Drafted, Judged, Method
+from isthmus.inference.verify import joined
 from isthmus.inference.work import forward
 from isthmus.models.decode import Law
 from isthmus.wire.clock import Work
 from isthmus.wire.errors import WireError
 from isthmus.wire.message import Message
+
+K = TypeVar("K")
+A = TypeVar("A")
+B = TypeVar("B")
 
 Who = tuple[str, int]
 """A text at the edge: its party and session."""
@@ -78,6 +82,12 @@ class Text:
             self.ids.append(known)
         self.offer, self.drafted, self.contents, self.verdict = offer, drafted, contents, None
 
+    def case(self, p: Tensor) -> Case:
+        """The offer that waits, to be judged by rows p."""
+        assert self.offer is not None  # only what waits is judged
+        where = slice(self.at, self.at + len(p))
+        return Case(p, self.offer, self.accept[where], self.correct[where])
+
     def settle(self, judged: Judged) -> Message:
         """Go on to what stands, and from there to the next offer; the verdict to send."""
         assert self.offer is not None  # only what waits is judged
@@ -130,17 +140,13 @@ class Judging:
         for text, pending in zip(texts, asked, strict=True):
             parts = [text.row] if text.row is not None else []
             parts += [pending.get()] if pending is not None else []
-            rows.append(torch.cat(parts) if len(parts) > 1 else parts[0])
+            rows.append(joined(parts))
         laws = probabilities([text.law for text in texts], rows)
-        return [self._judged(text, p) for text, p in zip(texts, laws, strict=True)]
-
-    def _judged(self, text: Text, p: Tensor) -> Judged:
-        assert text.offer is not None  # only what waits is judged
-        where = slice(text.at, text.at + len(p))
-        judged = text.method.judge(p, text.offer, text.accept[where], text.correct[where])
-        judged = placed(judged, text.at)
-        self.target.crop(text.slot, text.at + judged.accepted)
-        return judged
+        cases = [text.case(p) for text, p in zip(texts, laws, strict=True)]
+        judged = at_once([text.method for text in texts], cases, lambda one, own: one.judges(own))
+        for text, each in zip(texts, judged, strict=True):
+            self.target.crop(text.slot, text.at + each.accepted)
+        return [placed(each, text.at) for text, each in zip(texts, judged, strict=True)]
 
 
 def placed(judged: Judged, at: int) -> Judged:
@@ -179,15 +185,25 @@ def verifying(target: Engine, texts: Sequence[Text]) -> list[Work]:
 
 def probabilities(laws: Sequence[Law], rows: Sequence[Tensor]) -> list[Tensor]:
     """The probabilities (float64) of each text's rows, all rows of one law at once."""
-    groups: dict[Law, list[int]] = {}
-    for i, law in enumerate(laws):
-        groups.setdefault(law, []).append(i)
-    found: dict[int, Tensor] = {}
-    for law, members in groups.items():
-        together = torch.cat([rows[i] for i in members]) if len(members) > 1 else rows[members[0]]
-        p = law(together).double()
-        found |= zip(members, p.split([len(rows[i]) for i in members]), strict=True)
-    return [found[i] for i in range(len(laws))]
+
+    def of_law(law: Law, own: Sequence[Tensor]) -> Sequence[Tensor]:
+        p = law(joined(own)).double()
+        return p.split([len(each) for each in own])
+
+    return at_once(laws, rows, of_law)
+
+
+def at_once(
+    keys: Sequence[K], items: Sequence[A], work: Callable[[K, Sequence[A]], Sequence[B]]
+) -> list[B]:
+    """What work makes of items, those of equal keys at once; in the items' order."""
+    groups: dict[K, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    found: dict[int, B] = {}
+    for key, members in groups.items():
+        found |= zip(members, work(key, [items[i] for i in members]), strict=True)
+    return [found[i] for i in range(len(items))]
 
 
 def _one(texts: Sequence[Text]) -> dict[str, Any]:

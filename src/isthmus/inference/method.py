@@ -12,7 +12,7 @@ is rounded. Sessions, edges, links, memories and faults are the business of othe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -65,6 +65,17 @@ class Kept(NamedTuple):
     void: bool = False
 
 
+class Draft(NamedTuple):
+    """What an offer is made of: ids (int64 `[g]`) drawn from rows q (float64 `[g, V]`) after a text
+    of `at` tokens that ends with `last`, and the chances `u` `[g]` that decide what is void."""
+
+    at: int
+    last: int
+    ids: Tensor
+    q: Tensor
+    u: Tensor
+
+
 class Drafted(NamedTuple):
     """An offer as the edge reads it: the text's last token where the method says it, the drafted
     ids that can be fed (a void mark is none), and whether a void mark follows them."""
@@ -74,6 +85,16 @@ class Drafted(NamedTuple):
     void: bool
 
 
+class Case(NamedTuple):
+    """What is to be judged: the target's rows p (float64 `[n + 1, V]` for n ids that were fed), the
+    offer, and the chances `accept` and `correct` (float64 `[n + 1]`) at its positions."""
+
+    p: Tensor
+    offer: Message
+    accept: Tensor
+    correct: Tensor
+
+
 class Judged(NamedTuple):
     """The edge's answer: how many drafted tokens stand, the token that follows where the edge
     knows it, and the verdict to send (its field `at` is filled in by the edge)."""
@@ -81,6 +102,15 @@ class Judged(NamedTuple):
     accepted: int
     token: int | None
     verdict: Message
+
+
+class Told(NamedTuple):
+    """What is to be settled: what was kept of an offer, the verdict on it, and the chances
+    `correct` at its positions."""
+
+    kept: Kept
+    verdict: Message
+    correct: Tensor
 
 
 class Settled(NamedTuple):
@@ -98,6 +128,10 @@ class Method:
     edge goes on by itself, one verdict a token, until the text ends. `lossless`: the text
     follows the target's law exactly. `up` and `down` are the compact schemas of offer and
     verdict; both declare a field `at` (u32).
+
+    What many texts want at once is asked of `offers`, `judges` and `settles`, which a method may
+    override to compute it in one piece. Where a class has its own `offer`, `judge` or `settle` and
+    not these, they ask for one after the other.
     """
 
     Settings: ClassVar[type[Knobs]] = Knobs
@@ -110,6 +144,11 @@ class Method:
     knobs: Any
     up: Schema
     down: Schema
+
+    def __init_subclass__(cls) -> None:
+        for one, many in (("offer", "offers"), ("judge", "judges"), ("settle", "settles")):
+            if one in vars(cls) and many not in vars(cls):
+                setattr(cls, many, getattr(Method, many))  # not one that passes its own by
 
     def __init__(self, vocab: int, knobs: Knobs | None = None) -> None:
         self.vocab = vocab
@@ -124,23 +163,32 @@ class Method:
         return law
 
     def offer(self, at: int, last: int, ids: Tensor, q: Tensor, u: Tensor) -> tuple[Message, Kept]:
-        """The offer of ids (int64 `[g]`) drawn from rows q (float64 `[g, V]`) after a text of
-        `at` tokens that ends with `last`, and what to keep. `u` `[g]` decides what is void."""
+        """The offer of a `Draft`, and what to keep."""
         raise NotImplementedError
+
+    def offers(self, drafts: Sequence[Draft]) -> list[tuple[Message, Kept]]:
+        """The offer of each draft."""
+        return [self.offer(*draft) for draft in drafts]
 
     def drafted(self, offer: Message) -> Drafted:
         """What the edge reads in an offer. Raises `WireError` for contents no device sends."""
         raise NotImplementedError
 
     def judge(self, p: Tensor, offer: Message, accept: Tensor, correct: Tensor) -> Judged:
-        """Judge an offer that `drafted` has read by the target's rows p (float64 `[n + 1, V]` for
-        n ids that were fed); `accept` and `correct` (float64 `[n + 1]`) are the chances at the
-        offer's positions."""
+        """The answer to a `Case`, whose offer `drafted` has read."""
         raise NotImplementedError
 
+    def judges(self, cases: Sequence[Case]) -> list[Judged]:
+        """The answer to each case."""
+        return [self.judge(*case) for case in cases]
+
     def settle(self, kept: Kept, verdict: Message, correct: Tensor) -> Settled:
-        """What a verdict means. Raises `WireError` for contents no edge sends."""
+        """What a verdict means, of a `Told`. Raises `WireError` for contents no edge sends."""
         raise NotImplementedError
+
+    def settles(self, told: Sequence[Told]) -> list[Settled]:
+        """What each verdict means."""
+        return [self.settle(*each) for each in told]
 
     def values(self, message: Message) -> int:
         """The paper-style count of an offer or a verdict, in bytes: probabilities and ids of

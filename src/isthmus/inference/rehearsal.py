@@ -21,7 +21,7 @@ from isthmus.inference.drafting import Drafting
 from isthmus.inference.engine import Engine, Pending
 from isthmus.inference.judging import Judging, Text, Who, placed, probabilities
 from isthmus.inference.messages import same
-from isthmus.inference.method import Judged, Method, Origin
+from isthmus.inference.method import Case, Judged, Kept, Method, Settled, Told
 from isthmus.wire.clock import Work
 from isthmus.wire.message import Message
 
@@ -35,14 +35,16 @@ class Scene(NamedTuple):
     offer: Message
     drafted: list[int]
     judged: Judged
-    settled: tuple[int, int, Origin]
+    settled: Settled
 
 
 class Rehearsal(Judging):
-    """The rounds of several texts; as the edge's `Judging`, it answers with what was rehearsed."""
+    """The rounds of several texts of one method; as the edge's `Judging`, it answers with what was
+    rehearsed."""
 
-    def __init__(self, target: Engine) -> None:
+    def __init__(self, target: Engine, method: Method) -> None:
         super().__init__(target)
+        self.method = method
         self.parts: dict[Who, Part] = {}
 
     def scene(self, who: Who) -> Scene:
@@ -56,12 +58,16 @@ class Rehearsal(Judging):
         """One more round of every text that is not far ahead."""
         parts = [part for part in self.parts.values() if part.goes_on]
         for part in parts:
-            part.text.round()
-        asked = [part.ask() for part in parts]
+            part.text.begin()
+        method = self.method
+        offers = method.offers([part.text.draft() for part in parts])
+        asked = [part.ask(*offer) for part, offer in zip(parts, offers, strict=True)]
         laws = [part.text.law for part in parts]
         rows = probabilities(laws, [pending.get() for pending in asked])
-        for part, p in zip(parts, rows, strict=True):
-            part.judge(p)
+        judged = method.judges([part.case(p) for part, p in zip(parts, rows, strict=True)])
+        told = [part.told(each) for part, each in zip(parts, judged, strict=True)]
+        for part, settled in zip(parts, method.settles(told), strict=True):
+            part.go_on(settled)
 
     # the edge's side
 
@@ -92,29 +98,39 @@ class Part:
         self.text, self.target, self.slot = text, target, target.open()
         self.scenes = deque[Scene]()
         self._held = 0  # tokens of the text in the target's memory
-        self._offer = Message("", {}, {})
+        self._offer = Message("", {}, {})  # and what it was judged by, until it is settled
+        self._judged = Judged(0, None, self._offer)
 
     @property
     def goes_on(self) -> bool:
         """Whether to rehearse another round now."""
         return not self.text.ended and len(self.scenes) < AHEAD
 
-    def ask(self) -> Pending[Tensor]:
-        """Offer what was drafted; the target's rows that judge it."""
-        self._offer = self.text.offer()
+    def ask(self, offer: Message, kept: Kept) -> Pending[Tensor]:
+        """Take up an offer; the target's rows that judge it."""
+        self._offer = self.text.keep(offer, kept)
         drafted = self.text.standing
         fed = self.text.ids[self._held :] + drafted
         return self.target.rows(self.slot, fed, len(drafted) + 1)
 
-    def judge(self, p: Tensor) -> None:
-        """Judge the offer by rows p, and settle it."""
-        text, at = self.text, len(self.text.ids)
-        accept, correct = (text.chance(role, at, len(p)) for role in ("accept", "correct"))
-        judged = placed(text.method.judge(p, self._offer, accept, correct), at)
+    def case(self, p: Tensor) -> Case:
+        """The offer, to be judged by rows p."""
+        at = len(self.text.ids)
+        accept, correct = (self.text.chance(role, at, len(p)) for role in ("accept", "correct"))
+        return Case(p, self._offer, accept, correct)
+
+    def told(self, judged: Judged) -> Told:
+        """Take up the answer, to be settled."""
+        at = len(self.text.ids)
+        self._judged = placed(judged, at)
         self._held = at + judged.accepted
         self.target.crop(self.slot, self._held)
-        text.settle(judged.verdict)
-        self.scenes.append(Scene(self._offer, text.drafted, judged, text.settled))
+        return self.text.told(self._judged.verdict)
+
+    def go_on(self, settled: Settled) -> None:
+        """Go on from what the answer means: the round has been rehearsed."""
+        self.scenes.append(Scene(self._offer, self.text.drafted, self._judged, settled))
+        self.text.go_on(settled)
 
     def close(self) -> None:
         """Free both memories."""
@@ -159,7 +175,7 @@ class Played(Drafting):
         if part is not None:
             part.close()
 
-    def _settled(self, verdict: Message, correct: Tensor) -> tuple[int, int, Origin]:
+    def _settled(self, verdict: Message) -> Settled:
         scene = self._rehearsal.parts[self._who].scenes.popleft()
         _compare(verdict, scene.judged.verdict)
         return scene.settled

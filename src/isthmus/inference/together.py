@@ -105,7 +105,7 @@ def decode(
     clock = Clock(ledger)
     rehearsal = None
     if judging is not None and drafting is not None and method.drafts and method.edge:
-        rehearsal = Rehearsal(judging)
+        rehearsal = Rehearsal(judging, method)
     sessions: list[Session] = []
     for i, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
         name, number, half = f"device/{i}", i + 1, Drafting

@@ -26,6 +26,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import torch
@@ -53,10 +54,23 @@ def accepted(p: Tensor, s: Tensor, u: Tensor) -> int:
     >>> accepted(quarter, half, torch.tensor([0.4, 0.9, 0.6]))
     2
     """
-    for n, (p_x, s_x, chance) in enumerate(zip(p.tolist(), s.tolist(), u.tolist(), strict=True)):
-        if not (s_x > 0 and chance * s_x < p_x):
-            return n
-    return len(p)
+    return runs(standing(p, s, u), [len(p)])[0]
+
+
+def standing(p: Tensor, s: Tensor, u: Tensor) -> list[bool]:
+    """Whether each of g tokens would stand if all before it did; see `accepted`."""
+    each = zip(p.tolist(), s.tolist(), u.tolist(), strict=True)
+    return [s_x > 0 and chance * s_x < p_x for p_x, s_x, chance in each]
+
+
+def runs(stand: Sequence[bool], counts: Sequence[int]) -> list[int]:
+    """How many tokens stand before the first that does not, of drafts of `counts` tokens each.
+
+    >>> runs([True, False, True, True, False], [3, 1, 1])
+    [1, 1, 0]
+    """
+    marks = iter(stand)
+    return [[*islice(marks, count), False].index(False) for count in counts]
 
 
 def residual(p: Tensor, s: Tensor) -> Tensor:
@@ -82,9 +96,9 @@ def correction(p: Tensor, s: Tensor, u: Tensor) -> int:
     return int(draw(residual(p, s), u))
 
 
-def chosen(rows: Tensor, ids: Sequence[int]) -> Tensor:
+def chosen(rows: Tensor, ids: Sequence[int] | Tensor) -> Tensor:
     """What each of the first n rows of `[g, V]` says of its token: `[n]`."""
-    return rows[: len(ids)].gather(1, torch.tensor(ids, dtype=torch.int64)[:, None])[:, 0]
+    return rows[: len(ids)].gather(1, torch.as_tensor(ids, dtype=torch.int64)[:, None])[:, 0]
 
 
 def judge(
@@ -99,6 +113,11 @@ def judge(
     if n < len(s):
         return n, correction(p[n], s[n], correct[n])
     return n, int(draw(p[n], correct[n]))
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts as one, along their first axis; a single one as it is."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 FLOATS = {"exact": torch.float64, "fp32": torch.float32, "fp16": torch.float16}
@@ -186,7 +205,7 @@ class Grid:
             values = given.double()
             if values.numel():
                 low, high = values.aminmax()
-                if not (low >= 0 and high <= 1):
+                if not (low.item() >= 0 and high.item() <= 1):
                     raise WireError(name, "a number outside 0 to 1")
             return values
         count = math.prod(shape)

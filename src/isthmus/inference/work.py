@@ -5,6 +5,7 @@ the same on the virtual clock and between processes."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from isthmus.inference import cost
 from isthmus.inference.engine import Engine
@@ -53,9 +54,9 @@ def drafting(
             )
         )  # fmt: skip
     if steps:
-        each = [forward(engine, kind, [step], rows=1) for step in steps]
-        flops, bytes = sum(work.flops for work in each), sum(work.bytes for work in each)
-        works.append(Work(flops, kind, each[0].dtype, "decode", bytes, round, session))
+        all = forward(engine, kind, steps, rows=1, session=session, round=round)
+        again = (len(steps) - 1) * engine.shape.weights  # each forward reads them
+        works.append(replace(all, bytes=all.bytes + again))
     return works
 
 

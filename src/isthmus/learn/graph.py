@@ -31,10 +31,17 @@ _KEPT = 64
 
 def flatten(nest: Nest, leaves: list[Tensor]) -> Hashable:
     """Append the tensors of a nest to `leaves`; returns its structure."""
-    if isinstance(nest, dict):
-        return tuple([(name, flatten(child, leaves)) for name, child in nest.items()])
-    leaves.append(nest)
-    return None
+    if not isinstance(nest, dict):
+        leaves.append(nest)
+        return None
+    parts: list[Any] = []
+    for name, child in nest.items():
+        if isinstance(child, dict):
+            parts.append((name, flatten(child, leaves)))
+        else:
+            parts.append(name)
+            leaves.append(child)
+    return tuple(parts)
 
 
 def unflatten(structure: Hashable, leaves: Sequence[Tensor], start: int = 0) -> tuple[Nest, int]:
@@ -42,8 +49,13 @@ def unflatten(structure: Hashable, leaves: Sequence[Tensor], start: int = 0) -> 
     if structure is None:
         return leaves[start], start + 1
     nest: dict[str, Nest] = {}
-    for name, child in structure:  # type: ignore[attr-defined]
-        nest[name], start = unflatten(child, leaves, start)
+    for part in structure:  # type: ignore[attr-defined]
+        if isinstance(part, str):
+            nest[part] = leaves[start]
+            start += 1
+        else:
+            name, child = part
+            nest[name], start = unflatten(child, leaves, start)
     return nest, start
 
 
@@ -120,9 +132,14 @@ def _replayed(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[...
         return graph.forward
 
 
-_SOUND = {"constant_and_index_propagation": False}
-"""The hashes of `seeds` multiply positions by 64-bit constants. Taken for an index, such a
-product overruns the inductor's buffers (torch 2.13 on CPU), so it must stay a value."""
+_OPTIONS = {
+    # The hashes of `seeds` multiply positions by 64-bit constants. Taken for an index, such a
+    # product overruns the inductor's buffers (torch 2.13 on CPU), so it must stay a value.
+    "constant_and_index_propagation": False,
+    # Shapes, strides and types are what a recording is found by.
+    "size_asserts": False,
+    "alignment_asserts": False,
+}
 
 
 def _compiled(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[..., Any]:
@@ -130,7 +147,7 @@ def _compiled(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[...
 
     try:
         with torch.no_grad():
-            run = cast(Callable[..., Any], lower(graph, [*leaves], options=_SOUND))
+            run = cast(Callable[..., Any], lower(graph, [*leaves], options=_OPTIONS))
             run(*leaves)
     except Exception as error:  # the inductor raises many kinds, all meaning "not here"
         if "ompiler" in f"{type(error).__name__} {error}":

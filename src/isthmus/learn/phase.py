@@ -7,7 +7,7 @@ on a cohort's, so they hold no branch on tensor values.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -107,7 +107,7 @@ class Phase:
     step: Step = update_once
     until: Until | None = None
     follow: Callable[[Mapping[str, Tensor]], Tree] | None = None
-    plans: Callable[[np.ndarray, np.ndarray], Plan] | None = None
+    plans: Callable[[np.ndarray, np.ndarray], Plan] | None = field(default=None, compare=False)
 
 
 class Work(NamedTuple):

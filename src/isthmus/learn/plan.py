@@ -28,14 +28,18 @@ def shuffled_epochs_many(keys: np.ndarray, sizes: np.ndarray, epochs: int, batch
     """`shuffled_epochs` of many clients, int64 `[n]` each, padded to the longest: `[n, T, b]`."""
     clients, widest = len(sizes), int(sizes.max(initial=0))
     per_epoch = -(-widest // batch)
+    inside = (np.arange(per_epoch * batch) < sizes[:, None])[:, None]
+    draws = _draws(seeds.keys_grid(keys, epochs).reshape(-1), widest)
+    draws = draws.reshape(clients, epochs, widest)
+    np.copyto(draws, _LAST, where=~inside[..., :widest])
     index = np.zeros((clients, epochs, per_epoch * batch), dtype=np.int64)
-    inside = np.arange(per_epoch * batch) < sizes[:, None]
-    for epoch in range(epochs):
-        draws = _draws(seeds.keys_of(keys, epoch), widest)
-        draws[~inside[:, :widest]] = _LAST
-        index[:, epoch, :widest] = draws.argsort(axis=1, kind="stable")
-    index *= inside[:, None]
-    weight = np.repeat(inside.astype(np.float32)[:, None], epochs, axis=1)
+    order = draws.argsort(axis=-1, kind="stable")
+    np.multiply(order, inside[..., :widest], out=index[..., :widest])
+    weight = np.empty(index.shape, dtype=np.float32)
+    weight[:] = inside
+    if sizes.min(initial=widest) > (per_epoch - 1) * batch:  # as many steps for every client
+        shape = (clients, epochs * per_epoch, batch)
+        return _tensors(index.reshape(shape), weight.reshape(shape))
     shape = (clients, epochs, per_epoch, batch)
     return _front(index.reshape(shape), weight.reshape(shape), -(-sizes // batch))
 
@@ -95,10 +99,7 @@ def _draws(keys: np.ndarray, width: int) -> np.ndarray:
 
 def _front(index: np.ndarray, weight: np.ndarray, per_epoch: np.ndarray) -> Plan:
     """Move each client's own steps to the front, so that padding comes last."""
-    clients, epochs, widest, batch = index.shape
-    if (per_epoch == widest).all():
-        shape = (clients, epochs * widest, batch)
-        return _tensors(index.reshape(shape), weight.reshape(shape))
+    clients, epochs, widest, _ = index.shape
     step = np.arange(epochs * widest)
     own = np.maximum(per_epoch, 1)[:, None]
     epoch = np.minimum(step // own, epochs - 1)

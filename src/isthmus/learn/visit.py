@@ -209,6 +209,11 @@ def keys_of_steps(keys: np.ndarray, steps: int) -> Tensor:
     return torch.from_numpy(seeds.keys_grid(keys, steps))
 
 
+def keys_within(keys: Tensor, steps: int) -> Tensor:
+    """`keys_of_steps` as operations on tensors, which a recording drops where no step draws."""
+    return seeds.fold(keys[:, None], torch.arange(steps))
+
+
 def parted(phase: Phase, params: Mapping[str, Tensor]) -> tuple[Tree, Tree]:
     """The tensors that a phase trains, and the others."""
     mine = {name: params[name] for name in phase.trainable}

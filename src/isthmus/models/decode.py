@@ -100,9 +100,10 @@ def draw(probabilities: Tensor, u: Tensor) -> Tensor:
     tensor([0, 2])
     """
     total = probabilities.double().cumsum(-1)
-    height = u.double().unsqueeze(-1) * total[..., -1:]
+    whole = total[..., -1:].contiguous()
+    height = u.double().unsqueeze(-1) * whole
     # Rounding may lift u * total to total itself; the token that completes it takes it.
-    last = torch.searchsorted(total, total[..., -1:].contiguous())
+    last = torch.searchsorted(total, whole)
     return torch.minimum(torch.searchsorted(total, height, right=True), last).squeeze(-1)
 
 

@@ -75,7 +75,7 @@ class Slots(Memory):
         starts = [held(self._lengths, slot) for slot in slots]
         ends = [start + n for start, n in zip(starts, counts, strict=True)]
         stop = fits(max(ends), self.context)
-        buffers, width, device = self._buffers, ids.shape[1], self.model.device
+        buffers, width, device = self._buffers, ids.shape[1], self._hidden.device
         buffers.reserve(len(self._lengths) + len(self._free), stop, self.context)
         if stop > len(self._keys):
             self._keys = torch.arange(buffers.room, device=device)
@@ -94,8 +94,11 @@ class Slots(Memory):
             # neither that nor its keys are ever used.
             positions = begin + column.clamp_min(0)
             buffers.rows = slice(first, first + len(slots)) if neighbours else rows
-            i, j = (column >= 0).nonzero(as_tuple=True)
-            buffers.at = (rows[i], positions[i, j], i, j)
+            if set(counts) == {width}:
+                buffers.at = (rows[:, None], positions)
+            else:
+                i, j = (column >= 0).nonzero(as_tuple=True)
+                buffers.at = (rows[i], positions[i, j], i, j)
         logits = self.model(
             input_ids=ids.to(device),
             attention_mask=self._mask(positions, stop),
@@ -123,7 +126,8 @@ class _Buffers(Cache):
 
     Before a forward are set: `rows`, the slots it is about (a slice, or int64 `[b]`); `stop`, the
     length of the longest text after it; `at`, where the new tokens go: the positions (a slice)
-    that all rows share, or slot, position, row and column of each token (int64 `[t]`).
+    that all rows share, or slots `[b, 1]` and positions `[b, n]`, or, of a padded batch, slot,
+    position, row and column of each token (int64 `[t]`).
     """
 
     def __init__(self) -> None:
@@ -131,7 +135,7 @@ class _Buffers(Cache):
         self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
         self.slots = self.room = self.stop = 0
         self.rows: slice | Tensor = slice(0, 0)
-        self.at: slice | tuple[Tensor, Tensor, Tensor, Tensor] = slice(0, 0)
+        self.at: slice | tuple[Tensor, ...] = slice(0, 0)
 
     def reserve(self, slots: int, stop: int, context: int) -> None:
         """Make room for so many slots and positions, keeping what is there."""
@@ -166,8 +170,9 @@ class _Buffers(Cache):
         if isinstance(self.at, slice):
             buffer[self.rows, :, self.at] = new
         else:
-            slots, positions, i, j = self.at
-            buffer.transpose(1, 2)[slots, positions] = new.transpose(1, 2)[i, j]
+            slots, positions, *real = self.at
+            new = new.transpose(1, 2)
+            buffer.transpose(1, 2)[slots, positions] = new[tuple(real)] if real else new
         if isinstance(self.rows, slice):
             return buffer[self.rows, :, : self.stop]
         return buffer[:, :, : self.stop].index_select(0, self.rows)

@@ -17,6 +17,7 @@ from typing import Any
 
 from isthmus.errors import need
 from isthmus.report import story, theme
+from isthmus.report.parts import Section
 from isthmus.report.read import RunData, read_all
 from isthmus.report.sections import SECTIONS
 
@@ -35,8 +36,13 @@ def write(folders: Sequence[Path | str], out: Path | str, title: str | None = No
 
 def html(runs: Sequence[RunData], title: str) -> str:
     """The whole page as text."""
-    jinja2 = need("jinja2", "report")
     sections = [section for make in SECTIONS if (section := make(runs))]
+    return page(title, story.summary(runs), story.notes(runs), sections)
+
+
+def page(title: str, summary: str, notes: Sequence[str], sections: Sequence[Section]) -> str:
+    """A page of these sections as text: heading, a line of summary, notes below it."""
+    jinja2 = need("jinja2", "report")
     charts = {figure.slug: figure.spec for part in sections for figure in part.figures}
     scripts = [_bundle(), _asset("page.js")] if charts else [_asset("page.js")]
     safe = jinja2.utils.markupsafe.Markup
@@ -46,8 +52,8 @@ def html(runs: Sequence[RunData], title: str) -> str:
     style = f"{theme.css()}\n:root{{--font:{theme.FONT}}}\n{_asset('page.css')}"
     return template.render(
         title=title,
-        summary=story.summary(runs),
-        notes=story.notes(runs),
+        summary=summary,
+        notes=notes,
         sections=sections,
         charts=safe(_inert({"config": theme.CONFIG, "charts": charts})),
         scripts=[safe(script) for script in scripts],

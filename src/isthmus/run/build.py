@@ -18,13 +18,16 @@ from torch import nn
 from isthmus import catalogue
 from isthmus.errors import InputError, unknown
 from isthmus.federated.adapters.lora import LoraMethod
+from isthmus.federated.asynchronous import Asynchronous
 from isthmus.federated.cohort import Executor, Ground, Owned
 from isthmus.federated.executors.sequential import Sequential
 from isthmus.federated.executors.vectorised import Vectorised
+from isthmus.federated.fleet import Fleet, hours, slowness
+from isthmus.federated.gossip import Gossip
+from isthmus.federated.masked import Masked
 from isthmus.federated.method import Known, Local, Method, Names
-from isthmus.federated.path import MEMORY, Path
+from isthmus.federated.path import MEMORY, Path, is_plain
 from isthmus.federated.round import Federation
-from isthmus.federated.schedulers.sync import Sync
 from isthmus.federated.store import ClientStore
 from isthmus.learn.graph import Mode
 from isthmus.learn.phase import Carry, Plan, Purpose, Visit
@@ -90,6 +93,8 @@ def build(
     if issubclass(kind, LoraMethod):
         module, more["places"] = _adapted(module, settings, config)
     freeze_statistics(module)
+    if "module" in kind.__dataclass_fields__:  # a server that trains knows the network
+        more["module"] = module
     config = _resolved(config, stage, kind, module)
     tensors = {name: x.clone() for name, x in tensors_of(module).items()}
     named = _names(kind, stage, module, tensors, more.get("places"))
@@ -105,7 +110,8 @@ def build(
     if config.reducer is not None:
         method.reducer = pieces.make("reducer", config.reducer)
     path = _path(config, method)
-    compatibility.refuse(_pieces(config, method, path))
+    schedule = _schedule(config, task, clients)
+    compatibility.refuse(_pieces(config, method, path, schedule))
     base = {name: tensors[name] for name in tensors if name in _base_names(named)}
     kept = method.keep(tensors)
     if path.feedback is not None:
@@ -113,21 +119,21 @@ def build(
     flops = _flops(stage, module, tensors, named, clients.train)
     ground = Ground(module, base, dict(clients.train.columns), Owned.of(clients.parts))
     ground.cost = _cost(method, ground, tensors, flops)
-    federation = Federation(
+    federation = ENGINES[schedule.kind](
         method=method,
         ground=ground,
         path=path,
         executor=_executor(config, method),
-        schedule=Sync(
-            config.clients, config.cohort or config.clients, config.seed, config.sampling
-        ),
+        schedule=schedule,
         store=ClientStore(kept, store),
         ledger=ledger,
         link=Link.parse(config.link, config.seed),
-        devices=[Device.named(name) for name in config.devices],
+        fleet=_fleet(config),
         server=Device.named("server"),
         seed=config.seed,
         flops=flops,
+        deadline=config.deadline,
+        masked=_masked(config),
         lr=partial(_rate, cast(float, config.lr), config.lr_decay),
         state=method.init(tensors),
         ranks=_ranks(config, settings, method),
@@ -135,6 +141,66 @@ def build(
         names=clients.names,
     )
     return Built(config, task, splits, federation, module, clients)
+
+
+ENGINES: dict[str, type[Federation]] = {
+    "sync": Federation,
+    "async": Asynchronous,
+    "gossip": Gossip,
+}
+"""Who plays a schedule, by its kind."""
+
+
+def _schedule(config: Config, task: Task, clients: Clients) -> Any:
+    """The schedule with what it needs of the run."""
+    made = pieces.make(
+        "schedule",
+        config.schedule,
+        population=config.clients,
+        cohort=config.cohort or config.clients,
+        seed=config.seed,
+        sampling=config.sampling,
+        histograms=_histograms(task, clients),
+        rounds=config.rounds,
+    )
+    gone = {"sync": (), "async": ("sampling", "deadline"), "gossip": UNSERVED}[made.kind]
+    for name in gone:
+        if getattr(config, name) != Config.model_fields[name].default:
+            allowed = f"the default with schedule {config.schedule}"
+            raise InputError(name, getattr(config, name), allowed)
+    if made.kind == "gossip" and config.cohort != config.clients:
+        allowed = f"all {config.clients} with schedule {config.schedule}"
+        raise InputError("cohort", config.cohort, allowed)
+    return made
+
+
+UNSERVED = ("sampling", "deadline", "dropout", "awake", "battery")
+"""Settings that have no meaning where all peers take part in every round."""
+
+
+def _histograms(task: Task, clients: Clients) -> np.ndarray:
+    """How many items of each class every client has `[n, classes]`; one class without labels.
+
+    Items of a negative class, as unlabelled ones have, are not counted."""
+    labels = task.labels(clients.train)
+    if labels is None:
+        labels = np.zeros(len(clients.train), np.int64)
+    classes = int(labels.max(initial=0)) + 1
+    held = [labels[part] for part in clients.parts]
+    return np.stack([np.bincount(own[own >= 0], minlength=classes) for own in held])
+
+
+def _fleet(config: Config) -> Fleet:
+    return Fleet(
+        [Device.named(name) for name in config.devices],
+        config.clients,
+        config.seed,
+        slowness(config.speeds, config.clients, config.seed),
+        config.jitter,
+        config.dropout,
+        hours(config.awake) if config.awake is not None else None,
+        config.battery,
+    )
 
 
 def _rate(lr: float, decay: float, round: int) -> float:
@@ -226,7 +292,8 @@ def _resolved(config: Config, stage: Stage, kind: type[Method], module: nn.Modul
         executor = "vectorised" if kind.vectorise else "sequential"
     compile = config.compile
     if compile == "auto":
-        compile = "trace" if executor == "vectorised" and size <= SMALL else "none"
+        several = executor in ("vectorised", "ray")
+        compile = "trace" if several and size <= SMALL else "none"
         if issubclass(kind, LoraMethod):
             compile = "none"
     return config.model_copy(
@@ -240,6 +307,7 @@ def _resolved(config: Config, stage: Stage, kind: type[Method], module: nn.Modul
             if config.cohort is None
             else config.cohort,
             "threads": torch.get_num_threads(),
+            "workers": config.workers or (os.cpu_count() or 1) * (executor == "ray"),
         }
     )
 
@@ -252,6 +320,14 @@ def _optimiser(config: Config) -> optim.Optimiser:
 def _executor(config: Config, method: Method) -> Executor:
     if config.executor == "sequential":
         return Sequential()
+    if config.executor == "flower":
+        from isthmus.federated.executors.flower import InProcess
+
+        return InProcess()
+    if config.executor == "ray":
+        from isthmus.federated.executors.ray import Ray
+
+        return Ray(config.workers, cast(Mode, config.compile), config.chunk)
     return Vectorised(cast(Mode, config.compile), config.chunk)
 
 
@@ -341,6 +417,14 @@ def _mechanism(config: Config) -> dict[str, Any]:
     return {"central": made}
 
 
+def _masked(config: Config) -> Masked | None:
+    if config.mask is None:
+        return None
+    if config.clip is None:
+        raise InputError("clip", None, "a bound with a mask: it is the scale that all share")
+    return Masked(pieces.make("mechanism", config.mask), config.clip)
+
+
 def _kinds(codec: Codec) -> Sequence[str]:
     if isinstance(codec, Chain):
         return [*_kinds(codec.first), *_kinds(codec.then)]
@@ -349,7 +433,7 @@ def _kinds(codec: Codec) -> Sequence[str]:
     return ["real"] if codec.floats and not isinstance(codec, Sign) else ["discrete"]
 
 
-def _pieces(config: Config, method: Method, path: Path) -> compatibility.Pieces:
+def _pieces(config: Config, method: Method, path: Path, schedule: Any) -> compatibility.Pieces:
     """What this configuration puts on the path, in the words of the rules."""
     if method.stacks:
         reducer = "stack"
@@ -362,7 +446,10 @@ def _pieces(config: Config, method: Method, path: Path) -> compatibility.Pieces:
     else:
         reducer = "mean" if config.reducer is None else "coordinate"
     kinds = dict.fromkeys(_kinds(path.codec))
+    if config.mask is not None and is_plain(path.codec):
+        kinds = {"integer-shared-scale": None}  # made by the mask itself
     sends = {"values"} if method.sends_values else {"delta"}
+    told = {"scalars"} if getattr(schedule, "needs_loss", False) else set[str]()
     return compatibility.Pieces(
         codec=cast(Any, ("sparse",) if "sparse" in kinds else tuple(kinds)),
         clip=config.clip is not None,
@@ -370,13 +457,25 @@ def _pieces(config: Config, method: Method, path: Path) -> compatibility.Pieces:
         central_noise=path.central is not None,
         server=cast(Any, (*["selector"] * len(path.selectors), reducer)),
         attack=path.attack is not None,
+        mask=config.mask is not None,
+        individual=config.mask is not None
+        and (method.reads_meta or type(method).reduce is not Method.reduce),
+        schedule=schedule.kind,
+        backbone=getattr(method, "keeps_base", False),
+        server_half=_server_half(type(method)),
         executor=config.executor,
         weights="fixed" if path.central is not None else "examples",
-        sends=frozenset(cast(Any, sends)),
+        sends=frozenset(cast(Any, sends | told)),
         covered=frozenset(cast(Any, sends)) if config.privacy != "none" else frozenset(),
         public=frozenset(cast(Any, config.public)),
         vectorise=method.vectorise,
     )
+
+
+def _server_half(kind: type[Method]) -> bool:
+    """True when the server does more than add the mean change to one model."""
+    hooks = ("init", "send", "reduce", "server", "served", "base")
+    return any(getattr(kind, hook) is not getattr(Method, hook) for hook in hooks)
 
 
 def _flops(stage: Stage, module: nn.Module, tensors: Tree, named: Names, items: Items) -> float:
@@ -393,26 +492,34 @@ def _flops(stage: Stage, module: nn.Module, tensors: Tree, named: Names, items: 
     return count_flops(gradient) / size
 
 
-def _cost(method: Method, ground: Ground, tensors: Tree, flops: float) -> dict[str, float]:
-    """What a step of each phase costs for one example, in gradients of the stage's loss.
+def _cost(
+    method: Method, ground: Ground, tensors: Tree, flops: float
+) -> dict[str, tuple[float, float]]:
+    """What a step of each phase costs, and each example in it, in gradients of the stage's loss.
 
-    Counted by taking one step; empty for a method whose only step is that gradient.
+    Counted by taking a step on one example and one on two; empty for a method whose only step is
+    that gradient.
     """
     kind = type(method)
     plain = kind.phases is Method.phases and kind.step is Method.step and kind.loss is Method.loss
     if plain or not flops:
         return {}
-    size = 2 if ground.exact else 1  # one item has no variance
-    plan = Plan(torch.zeros(1, size, dtype=torch.int64), torch.ones(1, size, dtype=ground.dtype))
+    least = 2 if ground.exact else 1  # one item has no variance
     _, _, params, carry = _first_start(method, tensors, method.keep(tensors))
-    cost: dict[str, float] = {}
+    cost: dict[str, tuple[float, float]] = {}
     for purpose in get_args(Purpose):
         for phase in method.phases(purpose):
-            step = partial(
-                sequential, phase, ground.module, ground.base, params, carry, ground.columns,
-                plan, 0, torch.tensor(1e-3, dtype=ground.dtype),
-            )  # fmt: skip
-            cost[phase.name] = count_flops(step) / size / flops
+            counted: list[int] = []
+            for size in (least, least + 1):
+                index = torch.zeros(1, size, dtype=torch.int64)
+                plan = Plan(index, torch.ones(1, size, dtype=ground.dtype))
+                step = partial(
+                    sequential, phase, ground.module, ground.base, params, carry, ground.columns,
+                    plan, 0, torch.tensor(1e-3, dtype=ground.dtype),
+                )  # fmt: skip
+                counted.append(count_flops(step))
+            example = counted[1] - counted[0]
+            cost[phase.name] = (counted[0] - least * example) / flops, example / flops
     return cost
 
 

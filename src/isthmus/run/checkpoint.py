@@ -23,6 +23,8 @@ from isthmus.federated.round import Federation
 from isthmus.tree import Tree
 
 NAME = "checkpoint.safetensors"
+BESIDE = ".new"
+"""Ending of a file that is being written and not renamed yet."""
 _LEVEL = "//"
 
 
@@ -30,7 +32,15 @@ def write(folder: Path, fed: Federation, lengths: Mapping[str, int]) -> None:
     """Write the checkpoint of a run; raises `InputError` when the disk is full."""
     tensors = flat(fed.state, "state" + _LEVEL)
     tensors["versions"] = torch.from_numpy(fed.versions)
-    about = {"format": 1, "round": fed.round, "now": fed.now, "lengths": dict(lengths)}
+    journal, held = fed.journal()
+    tensors |= flat(held, "journal" + _LEVEL)
+    about = {
+        "format": 1,
+        "journal": journal,
+        "round": fed.round,
+        "now": fed.now,
+        "lengths": dict(lengths),
+    }
     about["order"] = list(tensors)  # the file sorts by name; sums must be taken as before
     data = save(
         {name: x.detach().contiguous() for name, x in tensors.items()},
@@ -41,7 +51,7 @@ def write(folder: Path, fed: Federation, lengths: Mapping[str, int]) -> None:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Put `data` in place of the file at `path`, whole or not at all."""
-    beside = path.with_name(path.name + ".new")
+    beside = path.with_name(path.name + BESIDE)
     try:
         with open(beside, "wb") as file:
             file.write(data)
@@ -100,6 +110,7 @@ def restore(fed: Federation, about: Mapping[str, Any], tensors: Tree) -> None:
     if versions.shape != fed.versions.shape:
         raise InputError("resume", f"{len(versions)} clients", f"{len(fed.versions)}")
     fed.versions = np.array(versions)
+    fed.take_up(about["journal"], nest(tensors).get("journal", {}))
 
 
 def flat(state: Mapping[str, Any], prefix: str = "") -> Tree:

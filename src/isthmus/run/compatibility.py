@@ -35,7 +35,9 @@ class Pieces:
     weights: what a client's weight follows (`examples`), or `uniform`, or `fixed` at 1/(qN).
     sends, covered, public: fields that go up, that the privacy mechanism noises, and that are
     declared public. running_statistics: batch statistics are among the buffers that go up.
-    individual: the method's server half reads single uploads. vectorise: the method can be.
+    individual: the method's server half reads single uploads. backbone: it changes the frozen
+    weights that all clients share. server_half: its server does more than add a mean.
+    vectorise: the method can be.
     """
 
     codec: tuple[Codec, ...] = ("real",)
@@ -53,6 +55,8 @@ class Pieces:
     public: frozenset[Field] = frozenset()
     running_statistics: bool = False
     individual: bool = False
+    backbone: bool = False
+    server_half: bool = False
     vectorise: bool = True
 
     def words(self) -> frozenset[str]:
@@ -70,6 +74,8 @@ class Pieces:
             ("attack", self.attack),
             ("selector", "selector" in self.server),
             ("method with individual uploads", self.individual),
+            ("method that changes the backbone", self.backbone),
+            ("method with a server of its own", self.server_half),
             ("method that is not vectorised", not self.vectorise),
             ("several codecs", len(self.codec) > 1),
         ):
@@ -195,6 +201,22 @@ RULES: tuple[Rule, ...] = (
     Rule("attack", "sparse codec", True, "what it sends is coded like any upload"),
     Rule("attack", "selector", True, "a defence meets the attack here"),
     Rule("attack", "coordinate reducer", True, "a defence meets the attack here"),
+    # Schedules.
+    Rule(
+        "async schedule",
+        "method that changes the backbone",
+        False,
+        "visits under way would stand on another backbone than they were sent",
+    ),
+    Rule("gossip schedule", "method with a server of its own", False, "there is no server"),
+    Rule("gossip schedule", "stack reducer", False, "there is no server to keep uploads"),
+    Rule("gossip schedule", "coordinate reducer", True, "each receiver runs it on what it got"),
+    Rule(
+        "async schedule",
+        "stack reducer",
+        False,
+        "what is kept is measured from the model that a client would be sent now",
+    ),
     # How visits are executed.
     Rule("vectorised executor", "method that is not vectorised", False, "the method says why"),
     Rule("auto executor", "method that is not vectorised", True, "visits run one after another"),

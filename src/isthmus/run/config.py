@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from isthmus.errors import InputError
 
-Executor = Literal["auto", "vectorised", "sequential"]
+Executor = Literal["auto", "vectorised", "sequential", "ray", "flower"]
 Compile = Literal["auto", "none", "trace", "compile"]
 
 
@@ -40,7 +40,10 @@ class Config(BaseModel):
     sampling: Literal["fixed", "poisson"] = Field(
         "fixed", description="cohorts of fixed size, or every client by its own coin"
     )
-    rounds: int = Field(20, ge=1, description="rounds of communication")
+    schedule: str = Field(
+        "sync", description="who works when: sync, fedasync, fedbuff:k=5, fedcompass:qmin=20 ..."
+    )
+    rounds: int = Field(20, ge=1, description="rounds of communication, or mixes")
     partition: str = Field(
         "auto", description="iid, dirichlet:0.3,minimum=10, shards:2 or natural (by owner)"
     )
@@ -68,6 +71,9 @@ class Config(BaseModel):
     privacy: Literal["none", "local", "central"] = Field(
         "none", description="Gaussian noise on each upload, or on their sum"
     )
+    mask: str | None = Field(
+        None, description="secure aggregation: secagg, with options: secagg:threshold=0.7,bits=16"
+    )
     noise: float = Field(0.0, ge=0.0, description="noise multiplier: standard deviation / clip")
     delta: float = Field(1e-5, gt=0.0, lt=1.0, description="delta of the reported epsilon")
     public: tuple[str, ...] = Field(
@@ -85,11 +91,28 @@ class Config(BaseModel):
         "wifi", description="each client's link: a name, or up=5e6,down=20e6,latency=0.02"
     )
     devices: tuple[str, ...] = Field(("phone",), description="device profiles, repeated in turn")
+    speeds: str = Field(
+        "equal", description="how much slower each client is: equal, 1,2,4 or lognormal:0.5"
+    )
+    jitter: float = Field(0.0, ge=0.0, description="how much a visit's time varies (log scale)")
+    dropout: float = Field(
+        0.0, ge=0.0, lt=1.0, description="chance that a client vanishes before it has sent"
+    )
+    awake: str | None = Field(None, description="hours a device can be reached, as in 8/24")
+    battery: float | None = Field(
+        None, gt=0.0, description="joules that a device may spend; then it takes part no more"
+    )
+    deadline: float | None = Field(
+        None, gt=0.0, description="seconds after which a round waits for no upload"
+    )
 
     executor: Executor = Field("auto", description="who computes a cohort")
     compile: Compile = Field("auto", description="replay (trace) or compile the clients' steps")
     chunk: int = Field(0, ge=0, description="clients in memory at a time (0: the whole cohort)")
     threads: int | None = Field(None, ge=1, description="threads of arithmetic")
+    workers: int = Field(
+        0, ge=0, description="processes of the ray executor (0: one for each processor)"
+    )
 
     evaluate: int = Field(1, ge=0, description="score every so many rounds (0: before and after)")
     evaluate_items: int | None = Field(

@@ -47,7 +47,12 @@ class Folder:
         self._metrics = open(self.path / METRICS, "ab")  # noqa: SIM115
 
     def config(self) -> Config:
-        """The resolved configuration that the folder was begun with."""
+        """The resolved configuration that the folder was begun with.
+
+        What a kill left half-written beside its file is taken away.
+        """
+        for half in self.path.glob(f"*{checkpoint.BESIDE}"):
+            half.unlink()
         if not (self.path / CONFIG).exists():
             raise InputError("run", self.path, f"a run folder with {CONFIG}")
         return Config.make(Config.read(self.path / CONFIG))

@@ -40,16 +40,29 @@ _FLOAT = re.compile(r"-?([0-9]{1,20}(\.[0-9]{1,24})?(e[+-]?[0-9]{1,3})?|inf|nan)
 
 
 class Frame(NamedTuple):
-    """What all heads of one schema and shape share: the text and where its slots begin."""
+    """What all heads of one schema and shape share.
+
+    `text` and `tail` stand before and after the texts of fields without a fixed width; `slots`
+    are those with one: name, field, where it begins and ends. Where all fields have one, `shared`
+    is the whole head with empty slots, and `outside` tells which of its bytes lie outside them.
+
+    `written` holds what follows the session in heads written lately, by its values, and `read`
+    the values by that text: a cohort declares much the same from round to round, and text is
+    slow to write and read.
+    """
 
     text: bytes
     slots: tuple[tuple[str, Field, int, int], ...]
     tail: bytes
+    shared: bytes
+    outside: np.ndarray
+    written: dict[tuple[Value, ...], bytes]
+    read: dict[bytes, tuple[Value, ...]]
 
 
 def frame(schema: Schema, places: tuple[Place, ...]) -> Frame:
     """The frame for tensors in these places, built once."""
-    key = ("described", places)
+    key = "described" if places is schema.declared else ("described", places)
     found = schema.frames.get(key)
     if found is None:
         text = f'{{"__metadata__":{{"kind":{_quote(schema.kind)}'.encode()
@@ -66,8 +79,12 @@ def frame(schema: Schema, places: tuple[Place, ...]) -> Frame:
             f'[{",".join(map(str, place.shape))}],"data_offsets":[{place.start},{place.stop}]}}'
             for place in places
         ]
-        tail = "".join(f",{entry}" for entry in entries) + "}"
-        found = schema.keep(key, Frame(text, tuple(slots), ("}" + tail).encode()))
+        tail = ("}" + "".join(f",{entry}" for entry in entries) + "}").encode()
+        shared = bytes(_sealed(text + tail))
+        outside = np.ones(len(shared), bool)
+        for _, _, low, high in slots:
+            outside[low:high] = False
+        found = schema.keep(key, Frame(text, tuple(slots), tail, shared, outside, {}, {}))
     return cast(Frame, found)
 
 
@@ -92,20 +109,18 @@ def heads(
 ) -> np.ndarray:
     """The heads of n messages of a fixed schema: uint8 `[n, start]`."""
     base = frame(schema, places)
-    shared, _ = _canonical(schema, places)
-    written, _ = _memory(schema, places)
-    (_, item, low, cut), *slots = base.slots
-    rows = list(zip(*[columns[name] for name, *_ in slots], strict=True))
-    tails = [written.get(row) or _tail(schema, places, row) for row in rows]
+    _, item, low, cut = base.slots[0]
+    rows = zip(*[columns[name] for name, *_ in base.slots[1:]], strict=True)
+    tails = [base.written.get(row) or _tail(base, row) for row in rows]
     sessions = columns["session"]
-    first = shared[:low].tobytes()
+    first = base.shared[:low]
     if sessions.count(sessions[0]) == n:
         lead = first + _text(item, sessions[0]).ljust(cut - low).encode()
         block = lead + lead.join(tails)
     else:
         leads = [first + _text(item, session).ljust(cut - low).encode() for session in sessions]
         block = b"".join([part for row in zip(leads, tails, strict=True) for part in row])
-    return np.frombuffer(block, np.uint8).reshape(n, len(shared))
+    return np.frombuffer(block, np.uint8).reshape(n, len(base.shared))
 
 
 def read_heads(
@@ -113,22 +128,22 @@ def read_heads(
 ) -> dict[str, list[Value]] | None:
     """The fields of n messages `[n, L]`, or None unless every head is written as `heads` does."""
     base = frame(schema, places)
-    shared, outside = _canonical(schema, places)
-    if start != len(shared):
+    if start != len(base.shared):
         return None
-    _, read = _memory(schema, places)
-    (_, item, low, cut), *slots = base.slots
+    _, item, low, cut = base.slots[0]
     block, n = matrix[:, :start].tobytes(), len(matrix)
     lead = block[:cut]
-    if lead[:low] == shared[:low].tobytes():
-        rows = [read.get(block[i + cut : i + start]) for i in range(0, n * start, start)]
-        alike = all(block.startswith(lead, i) for i in range(start, n * start, start))
-        session = _read_column(item, matrix[:1, low:cut]) if alike and None not in rows else None
-        if session is not None:
-            names = [name for name, *_ in slots]
-            values = map(list, zip(*cast("list[tuple[Value, ...]]", rows), strict=True))
-            return {"session": session * n, **dict(zip(names, values, strict=True))}
-    if ((matrix[:, :start] != shared) & outside).any():
+    if lead[:low] == base.shared[:low]:
+        tails = [block[at + cut : at + start] for at in range(0, n * start, start)]
+        rows = list(map(base.read.get, tails))
+        if None not in rows and block == lead + lead.join(tails):
+            session = _read_text(item, lead[low:].decode("latin-1"))
+            if session is not None:
+                names = [name for name, *_ in base.slots[1:]]
+                values = map(list, zip(*cast("list[tuple[Value, ...]]", rows), strict=True))
+                return {"session": [session] * n, **dict(zip(names, values, strict=True))}
+    shared = np.frombuffer(base.shared, np.uint8)
+    if ((matrix[:, :start] != shared) & base.outside).any():
         return None
     columns: dict[str, list[Value]] = {}
     for name, item, low, high in base.slots:
@@ -139,53 +154,24 @@ def read_heads(
     return columns
 
 
-def _memory(
-    schema: Schema, places: tuple[Place, ...]
-) -> tuple[dict[tuple[Value, ...], bytes], dict[bytes, tuple[Value, ...]]]:
-    """What follows the session in heads written lately, by its values, and the other way round.
-
-    A cohort declares much the same from round to round, and text is slow to write and read.
-    """
-    key = ("memory", places)
-    found = schema.frames.get(key)
-    return schema.keep(key, ({}, {})) if found is None else found
-
-
-def _tail(schema: Schema, places: tuple[Place, ...], row: tuple[Value, ...]) -> bytes:
+def _tail(base: Frame, row: tuple[Value, ...]) -> bytes:
     """A head from the end of its session on, with these values in the other slots."""
-    base = frame(schema, places)
-    shared, _ = _canonical(schema, places)
     cut = base.slots[0][3]
-    tail = bytearray(shared[cut:].tobytes())
+    tail = bytearray(base.shared[cut:])
     for (_, item, low, high), value in zip(base.slots[1:], row, strict=True):
         tail[low - cut : high - cut] = _text(item, value).ljust(high - low).encode()
     whole = bytes(tail)
     if all(value != 0 or not isinstance(value, float) for value in row):  # 0.0 equals -0.0
-        written, read = _memory(schema, places)
-        if len(read) >= REMEMBERED:
-            written.clear()
-            read.clear()
-        written[row], read[whole] = whole, row
+        if len(base.read) >= REMEMBERED:
+            base.written.clear()
+            base.read.clear()
+        base.written[row], base.read[whole] = whole, row
     return whole
 
 
 def start_of(schema: Schema, places: tuple[Place, ...]) -> int:
     """Where the tensors begin in a message whose head `heads` wrote."""
-    return len(_canonical(schema, places)[0])
-
-
-def _canonical(schema: Schema, places: tuple[Place, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes that all heads share, and which of them lie outside the slots."""
-    key = ("canonical", places)
-    found = schema.frames.get(key)
-    if found is None:
-        base = frame(schema, places)
-        shared = np.frombuffer(_sealed(base.text + base.tail), np.uint8)
-        outside = np.ones(len(shared), bool)
-        for _, _, low, high in base.slots:
-            outside[low:high] = False
-        found = schema.keep(key, (shared, outside))
-    return cast("tuple[np.ndarray, np.ndarray]", found)
+    return len(frame(schema, places).shared)
 
 
 def read_head(
@@ -280,22 +266,24 @@ def _text(item: Field, value: Value) -> str:
 def _read_column(item: Field, slots: np.ndarray) -> list[Value] | None:
     """The values in the slots `[n, width]`, or None when one is not exactly as it is written."""
     n, width = slots.shape
-    raw = slots.tobytes()
-    one = raw[:width]
-    same = n > 1 and raw == one * n
-    text = (one if same else raw).decode("latin-1")
-    words = [word[1:-1] for word in text.split(" ") if word]
+    text = slots.tobytes().decode("latin-1")
+    if n > 1 and text == text[:width] * n:
+        value = _read_text(item, text[:width])
+        return None if value is None else [value] * n
+    values = [_read_text(item, text[at : at + width]) for at in range(0, n * width, width)]
+    return None if None in values else cast("list[Value]", values)
+
+
+def _read_text(item: Field, text: str) -> Value | None:
+    """The value in a slot with this text, or None when it is not exactly as it is written."""
+    word = text.rstrip(" ")[1:-1]
+    read: Any = float if item.dtype in FLOATS else int
     try:
-        if item.dtype == "bool":
-            values: list[Value] = [word == "true" for word in words]
-        else:
-            values = list(map(float if item.dtype in FLOATS else int, words))
+        value: Value = word == "true" if item.dtype == "bool" else read(word)
     except ValueError:
         return None
     # Written again and compared: whatever was read too kindly above shows here.
-    if "".join([_text(item, value).ljust(width) for value in values]) != text:
-        return None
-    return values * n if same else values
+    return value if _text(item, value).ljust(len(text)) == text else None
 
 
 def _parse(name: str, item: Field, text: str, finite: bool) -> Value:

@@ -142,7 +142,9 @@ def spend_each(
 
 
 def _spent(flops: Any, bytes: Any, rate: Any, bandwidth: Any, watts: Any) -> Spent:
-    if np.ndim(flops) or np.ndim(bytes) or np.ndim(rate):
+    if isinstance(bytes, int | float) and bytes == 0:
+        seconds = flops / rate  # nothing moves
+    elif np.ndim(flops) or np.ndim(bytes) or np.ndim(rate):
         seconds = np.maximum(np.asarray(flops) / rate, np.asarray(bytes) / bandwidth)
     else:
         seconds = max(flops / rate, bytes / bandwidth)

@@ -134,11 +134,10 @@ class Field:
             bound = sys.float_info.max if finite and kind is float else math.inf
             least = max(scalar.low if self.low is None else max(self.low, scalar.low), -bound)
             most = min(scalar.high if self.high is None else min(self.high, scalar.high), bound)
-            if kind is int and n and set(map(type, values)) == {int}:
-                if least <= min(values) and max(values) <= most:
+            if set(map(type, values)) == {kind} and least <= min(values) and max(values) <= most:
+                total = sum(values)
+                if total == total:  # NaN, which no comparison above need have met, stays in a sum
                     return values
-            elif all(type(value) is kind and least <= value <= most for value in values):
-                return values
         return cast("list[Value]", self.column(name, values, n, finite).tolist())
 
     def column(

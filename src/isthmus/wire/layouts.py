@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, cast
 
@@ -17,6 +18,7 @@ from isthmus.wire.schema import Message, Place, Schema
 
 Layout = Literal["described", "compact"]
 LAYOUTS: dict[str, Any] = {"described": described, "compact": compact}
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Envelope(NamedTuple):
@@ -115,9 +117,9 @@ def layout_of(data: memoryview) -> Any:
 
 def whole(x: Tensor) -> np.ndarray:
     """The values of a tensor as bytes in row-major order, copied only when they do not lie so."""
-    x = x.detach().cpu().contiguous()
-    # As strides of tensors with 0 or 1 entries are anything, they are set.
-    return x.as_strided((x.numel(),), (1,)).view(torch.uint8).numpy()
+    # By way of integers: numpy has none of the shorter floats.
+    bits = x.detach().cpu().view(BITS[x.dtype.itemsize]).numpy()
+    return np.ascontiguousarray(bits).view(np.uint8)
 
 
 def _tensor(raw: np.ndarray, place: Place) -> Tensor:
@@ -125,9 +127,8 @@ def _tensor(raw: np.ndarray, place: Place) -> Tensor:
         return torch.empty(place.shape, dtype=place.dtype)
     if place.dtype == torch.bool and raw.max() > 1:
         raise WireError(place.name, "a byte that is no bool")
-    if not raw.flags.writeable or raw.ctypes.data % place.dtype.itemsize:
-        raw = raw.copy()
-    return torch.as_tensor(raw).view(place.dtype).view(place.shape)
+    own = raw.flags.writeable and not raw.ctypes.data % place.dtype.itemsize
+    return torch.frombuffer(raw if own else bytearray(raw), dtype=place.dtype).view(place.shape)
 
 
 def _finite(x: Tensor) -> bool:
@@ -136,5 +137,4 @@ def _finite(x: Tensor) -> bool:
         return bool(np.isfinite(array.min()) and np.isfinite(array.max()))
     if x.dtype.itemsize == 1:
         x = x.to(torch.float16)  # float8 has no reductions, and float16 holds its values
-    low, high = torch.aminmax(x)
-    return bool(torch.isfinite(low) and torch.isfinite(high))
+    return all(math.isfinite(bound.item()) for bound in torch.aminmax(x))

@@ -69,7 +69,7 @@ class Delivery(NamedTuple):
         *,
         sender: Words,
         receiver: Words,
-        kind: str,
+        kind: Words,
         values: Any = 0,
         note: Words = "",
         **cells: Any,
@@ -79,24 +79,24 @@ class Delivery(NamedTuple):
         `values` (a number or one for each message) is counted in the row that arrived. `cells`
         (round, session, sequence) are scalars or one for each message.
         """
-        common: dict[str, Any] = {"sender": sender, "receiver": receiver, **cells}
-        n = np.size(self.lost)
-        if np.ndim(self.lost) and not self.lost.any():
+        common: dict[str, Any] = {"sender": sender, "receiver": receiver, "kind": kind, **cells}
+        many = isinstance(self.lost, np.ndarray)
+        if many and (self.lost is _surely(n := len(self.lost))[1] or not self.lost.any()):
             ledger.later(
-                n, "crossing", kind=kind, t=self.sent, bytes=self.bytes, values=values,
+                n, "crossing", t=self.sent, bytes=self.bytes, values=values,
                 seconds=self.seconds, joules=self.joules, note=note, **common,
             )  # fmt: skip
             return range(len(ledger) - n, len(ledger))
         if not np.any(self.lost):
             return ledger.cross_many(
-                kind=kind, t=self.sent, bytes=self.bytes, values=values, seconds=self.seconds,
+                t=self.sent, bytes=self.bytes, values=values, seconds=self.seconds,
                 joules=self.joules, note=note, **common,
             )  # fmt: skip
         index, t, seconds, joules, lost = (np.asarray(column) for column in self.attempts)
         sizes = self.bytes // (self.lost + self.delivered)
         spread = {name: _pick(cell, index) for name, cell in common.items()}
         return ledger.cross_many(
-            kind=kind, t=t, seconds=seconds, joules=joules, bytes=_pick(sizes, index),
+            t=t, seconds=seconds, joules=joules, bytes=_pick(sizes, index),
             values=np.where(lost, 0, _pick(values, index)),
             note=np.where(lost, "lost", np.asarray(_pick(note, index))).tolist(), **spread,
         )  # fmt: skip
@@ -204,7 +204,7 @@ class Link:
     def _sure(self, bytes: Any, direction: Direction, sent: Any) -> Delivery:
         """`send_many` where nothing can be lost: one transmission each."""
         index, none, arrived = _surely(len(bytes))
-        begin = sent + self.per_message
+        begin = sent + self.per_message if self.per_message else sent
         end = finish(self.rates[direction], 8 * bytes, begin)
         done = end + self.latency
         seconds, joules = done - sent, self._joules(direction, end - begin)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isthmus import tree
 from isthmus.tree import Tree
 from isthmus.wire.errors import WireError
 from isthmus.wire.fields import NUMBER, Value
@@ -25,7 +26,7 @@ from isthmus.wire.layouts import (
     layout_of,
     whole,
 )
-from isthmus.wire.schema import Message, Place, Schema
+from isthmus.wire.schema import Message, Place, Schema, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,12 @@ class Parcel:
 
     @property
     def sizes(self) -> np.ndarray:
-        """The bytes of each message, int64 `[n]`."""
-        return np.diff(self.offsets.numpy())
+        """The bytes of each message, int64 `[n]`; read only."""
+        n = len(self)
+        length = self.buffer.numel() // max(n, 1)
+        return (
+            _alike(n, length) if self.offsets is _even(n, length) else np.diff(self.offsets.numpy())
+        )
 
 
 def encode_many(
@@ -62,30 +67,70 @@ def encode_many(
     `fields` holds n values of each field, `tensors` is stacked (`[n, *shape]`); `session` and
     `sequence` are one number for all, or n numbers. Raises `WireError` naming the field.
     """
-    schema.check_names(fields, tensors)
-    n = _count(fields, tensors, session, sequence)
-    places = schema.place({name: (x.dtype, x.shape[1:]) for name, x in tensors.items()})
+    written = LAYOUTS[layout]
+    form = _known(schema, written, fields, tensors, session, sequence)
+    if form is None:
+        schema.check_names(fields, tensors)
+        n = _count(fields, tensors, session, sequence)
+        places = schema.place({name: (x.dtype, x.shape[1:]) for name, x in tensors.items()})
+    else:
+        n, places = form.n, cast("tuple[Place, ...]", schema.declared)
     columns = {
-        "session": NUMBER.listed("session", _spread(session, n), n),
-        "sequence": NUMBER.listed("sequence", _spread(sequence, n), n),
+        "session": _listed("session", session, n),
+        "sequence": _listed("sequence", sequence, n),
     }
     if n == 0 or not schema.fixed:
         return _one_by_one(schema, fields, tensors, layout, columns, n)
     for name, item in schema.fields.items():
         columns[name] = item.listed(name, fields[name], n)
-    form = _form(schema, LAYOUTS[layout], places, n)
+    form = form or _form(schema, written, places, n)
     buffer = torch.empty(n * form.length, dtype=torch.uint8)
     matrix = buffer.numpy().reshape(n, form.length)
-    matrix[:, : form.start] = LAYOUTS[layout].heads(schema, columns, places, n)
+    matrix[:, : form.start] = written.heads(schema, columns, places, n)
     if form.kind is not None:
-        body = matrix.view(_WHOLE[form.kind])
-        for place, low, high in zip(places, form.lows, form.lows[1:], strict=False):
-            body[:, low:high] = tensors[place.name].numpy(force=True).reshape(n, high - low)
+        _write(matrix.view(_WHOLE[form.kind]), form, places, tensors)
     else:
         for place in places:
             flat = whole(tensors[place.name]).reshape(n, place.stop - place.start)
             matrix[:, form.start + place.start : form.start + place.stop] = flat
     return Parcel(buffer, form.offsets)
+
+
+def _known(
+    schema: Schema,
+    layout: Any,
+    fields: Mapping[str, Sequence[Any] | np.ndarray],
+    tensors: Mapping[str, Tensor],
+    *numbers: int | Sequence[int] | np.ndarray,
+) -> _Form | None:
+    """The form that was kept for just these names, types and shapes; None to look closer."""
+    first = next(iter(tensors.values()), None)
+    if first is None or not first.ndim or fields.keys() != schema.fields.keys():
+        return None
+    n = first.shape[0]
+    form = cast("_Form | None", schema.frames.get(("form", layout, n)))
+    if form is None or len(tensors) != len(form.stacked):
+        return None
+    for name, dtype, shape in form.stacked:
+        x = tensors.get(name)
+        if x is None or x.dtype is not dtype or x.shape != shape:
+            return None
+    for column in (*fields.values(), *numbers):
+        if not isinstance(column, int) and len(column) != n:
+            return None
+    return form
+
+
+def _write(
+    body: np.ndarray, form: _Form, places: tuple[Place, ...], tensors: Mapping[str, Tensor]
+) -> None:
+    """Copy tensors into messages of one type `[n, L]`: all at once where they lie side by side."""
+    rows = tree.rows({place.name: tensors[place.name] for place in places})
+    if rows is not None:
+        body[:, form.lows[0] : form.lows[-1]] = rows.numpy(force=True)
+        return
+    for place, low, high in zip(places, form.lows, form.lows[1:], strict=False):
+        body[:, low:high] = tensors[place.name].numpy(force=True).reshape(len(body), high - low)
 
 
 def decode_many(
@@ -97,7 +142,7 @@ def decode_many(
     over unless every message is sound; raises `WireError` naming the field, and the message
     where one differs from the others.
     """
-    if parcel.offsets.ndim != 1 or len(parcel.offsets) == 0:
+    if parcel.offsets.ndim != 1 or parcel.offsets.numel() == 0:
         raise WireError("offsets", "not the bounds of messages")
     n = len(parcel)
     if n == 0:
@@ -119,13 +164,13 @@ def decode_many(
     sound = False
     if form.kind is not None and buffer.data_ptr() % form.kind.itemsize == 0:
         flat = buffer.view(form.kind)
-        origin, length = flat.storage_offset(), form.length // form.kind.itemsize
+        origin, step = flat.storage_offset(), form.length // form.kind.itemsize
         tensors = {
             place.name: flat.as_strided((n, *place.shape), strides, origin + low)
             for place, strides, low in zip(places, form.strides, form.lows, strict=False)
         }
         low, high = form.lows[0], form.lows[-1]
-        sound = not finite or _sound(flat.as_strided((n, high - low), (length, 1), origin + low))
+        sound = not finite or _sound(flat.as_strided((n, high - low), (step, 1), origin + low))
     else:
         tensors = {
             place.name: _stacked(matrix[:, start + place.start : start + place.stop], place)
@@ -175,15 +220,24 @@ def _heads(
 
 class _Form(NamedTuple):
     """What n messages of one schema and shape have in common, worked out once: where tensors
-    begin, and the length. When all are aligned and of one type, also that `kind`; and in entries
-    where each of them begins (`lows`, the end last) and its strides."""
+    begin, the length, and what is `stacked`. When all tensors are aligned and of one type, also
+    that `kind`; and in entries where each of them begins (`lows`, the end last) and its strides."""
 
+    n: int
     start: int
     length: int
     offsets: Tensor
+    stacked: tuple[tuple[str, torch.dtype, Shape], ...]
     kind: torch.dtype | None = None
     lows: tuple[int, ...] = ()
     strides: tuple[tuple[int, ...], ...] = ()
+
+
+@lru_cache(maxsize=256)
+def _alike(n: int, length: int) -> np.ndarray:
+    sizes = np.full(n, length)
+    sizes.flags.writeable = False
+    return sizes
 
 
 @lru_cache(maxsize=256)
@@ -193,13 +247,14 @@ def _even(n: int, length: int) -> Tensor:
 
 
 def _form(schema: Schema, layout: Any, places: tuple[Place, ...], n: int) -> _Form:
-    key = ("form", layout.__name__, n)
+    key = ("form", layout, n)
     found = schema.frames.get(key) if places is schema.declared else None
     if found is None:
         start = layout.start_of(schema, places)
         length = start + (places[-1].stop if places else 0)
         check_size(length, schema)
-        found = _Form(start, length, _even(n, length))
+        stacked = tuple((place.name, place.dtype, (n, *place.shape)) for place in places)
+        found = _Form(n, start, length, _even(n, length), stacked)
         kinds = {place.dtype for place in places}
         kind = kinds.pop() if len(kinds) == 1 else None
         if kind in _WHOLE and start % kind.itemsize == length % kind.itemsize == 0:
@@ -311,8 +366,11 @@ def _count(
     return n
 
 
-def _spread(given: int | Sequence[int] | np.ndarray, n: int) -> Sequence[int] | np.ndarray:
-    return [given] * n if isinstance(given, int) else given
+def _listed(name: str, given: int | Sequence[int] | np.ndarray, n: int) -> list[Value]:
+    """n session or sequence numbers, from one for all or one for each."""
+    if isinstance(given, int):
+        return [NUMBER.check(name, given)] * n
+    return NUMBER.listed(name, given, n)
 
 
 _WHOLE = {torch.float32: np.dtype("<f4"), torch.float64: np.dtype("<f8")}

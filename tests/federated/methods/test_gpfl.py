@@ -231,5 +231,5 @@ def test_bad_tasks_are_one_line() -> None:
 
 @pytest.mark.slow
 def test_global_features_point_to_their_own_class_by_the_angle_term() -> None:
-    with_it, without = (claims.margin(claims.ours(0, rounds=8, angle=on)) for on in (True, False))
+    with_it, without = (claims.margin(claims.ours(0, rounds=12, angle=on)) for on in (True, False))
     assert with_it > 0.1 > -0.1 > without

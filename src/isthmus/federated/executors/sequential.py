@@ -22,7 +22,7 @@ class Sequential:
     def run(self, method: Method, ground: Ground, cohort: Cohort) -> Done:
         each = [self._visit(method, ground, cohort, i) for i in range(len(cohort))]
         updates, kept, numbers, aux = zip(*each, strict=True)
-        loss, steps, examples, gradients = torch.tensor(numbers).T
+        loss, steps, examples, gradients = torch.tensor(numbers, dtype=torch.float64).T
         return Done(
             Updates(
                 tree.stack([u.delta for u in updates]),
@@ -79,6 +79,8 @@ class Sequential:
             params, carry, loss, aux = work.params, work.carry, work.loss, work.aux
             steps += float(work.steps)
             examples += float(work.examples)
-            gradients += float(work.examples) * ground.cost.get(phase.name, work.grads)
+            gradients += ground.gradients(
+                phase, float(work.steps), float(work.examples), work.grads
+            )
         visit = replace(visit, steps=torch.tensor(steps, dtype=visit.steps.dtype))
         return visit, params, carry, (float(loss), steps, examples, gradients), aux

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +19,7 @@ from isthmus.learn.graph import Graphs, Mode, Nest
 from isthmus.learn.phase import Phase, Plan, Purpose, Visit
 from isthmus.learn.visit import (
     Whole,
-    keys_of_steps,
+    keys_within,
     short,
     stack_alike,
     vectorised,
@@ -45,7 +44,7 @@ class Vectorised:
             return self._run(method, ground, cohort)
         done = [self._run(method, ground, cohort.take(rows)) for rows in groups]
         order = torch.from_numpy(np.argsort(np.concatenate(groups), kind="stable"))
-        return _joined(done, order)
+        return joined(done, order)
 
     def params(self, method: Method, ground: Ground, cohort: Cohort) -> Tree:
         groups = self._groups(method, ground, cohort)
@@ -95,7 +94,7 @@ class Vectorised:
         plans: list[Plan] = []
         for number, phase in enumerate(phases):
             keys = seeds.keys_of(cohort.keys, number)
-            plans.append(ground.plan(method, phase, replace(cohort, keys=keys)))
+            plans.append(ground.plan(method, phase, cohort, keys))
         return plans
 
     def _phases(
@@ -131,8 +130,8 @@ class Vectorised:
             )
             params, carry, loss, aux = work.params, work.carry, work.loss, work.aux
             steps, examples = steps + work.steps, examples + work.examples
-            each = ground.cost.get(phase.name, work.grads)
-            gradients = gradients + work.examples * each
+            more = ground.gradients(phase, work.steps.double(), work.examples.double(), work.grads)
+            gradients = gradients + more
         return _Worked(params, carry, loss, aux, steps, examples, gradients)
 
     def _at_once(
@@ -147,16 +146,10 @@ class Vectorised:
         apart: Tree,
     ) -> Done:
         """A visit of one short phase, from `start` to `finish`, as one recording."""
-        keys = seeds.keys_of(cohort.keys, 0)
-        live = plan.weight.numpy().max(-1) > 0
-        visit = _Visit(method, cohort.purpose, phase, ground.module, not live.all())
-        sequence = {
-            "index": plan.index,
-            "weight": plan.weight,
-            "key": keys_of_steps(keys, plan.index.shape[1]),
-            "live": torch.from_numpy(live),
-        }
-        out, grads = self.graphs.call(
+        uneven = not plan.weight.numpy()[..., 0].all()  # a step that does nothing is all padding
+        cost = ground.cost.get(phase.name)
+        visit = _Visit(method, cohort.purpose, phase, ground.module, uneven, cost)
+        out, _ = self.graphs.call(
             visit.tag,
             visit,
             {"whole": table[0], "real": table[1]},
@@ -165,7 +158,7 @@ class Vectorised:
             cohort.kept,
             ground.base,
             ground.columns,
-            sequence,
+            {"index": plan.index, "weight": plan.weight},
         )
         return Done(
             Updates(out["delta"], out["values"], out["buffers"], out["scalars"]),
@@ -174,7 +167,7 @@ class Vectorised:
             out["aux"],
             out["steps"],
             out["examples"],
-            out["examples"] * ground.cost.get(phase.name, grads),
+            out["gradients"],
         )
 
 
@@ -211,10 +204,17 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 class _Visit:
     def __init__(
-        self, method: Method, purpose: Purpose, phase: Phase, module: nn.Module, ragged: bool
+        self,
+        method: Method,
+        purpose: Purpose,
+        phase: Phase,
+        module: nn.Module,
+        uneven: bool,
+        cost: tuple[float, float] | None,
     ) -> None:
         self.start, self.finish = _Start(method, purpose), _Finish(method, purpose)
-        self.work = Whole(phase, module, ragged or phase.until is not None)
+        self.cost = cost
+        self.work = Whole(phase, module, uneven or phase.until is not None)
         self.tag = ("visit", self.start.tag, self.work.tag)
 
     def __call__(
@@ -226,15 +226,25 @@ class _Visit:
         base: Tree,
         columns: Tree,
         sequence: Tree,
-    ) -> tuple[Nest, int]:
+    ) -> tuple[Nest, None]:
         fields = fields_of(**table)
         begun, _ = self.start(fields, alike, apart, kept)
-        lr = fields["lr"][0]
+        lr, weight = fields["lr"][0], sequence["weight"]
+        keys = seeds.fold(fields["key"], 0)  # of the first phase, and the only one
+        sequence = {
+            **sequence,
+            "key": keys_within(keys, weight.shape[1]),
+            "live": weight.amax(-1) > 0,
+        }
         work, grads = self.work(base, begun["params"], begun["carry"], columns, sequence, lr)
         fields = {**fields, "steps": work["steps"]}
         out, _ = self.finish(fields, work["params"], alike, apart, work["carry"], kept)
         sums = {name: work[name] for name in ("loss", "aux", "steps", "examples")}
-        return {**out, **sums}, grads
+        step, example = self.cost or (0.0, grads)
+        gradients = work["examples"].double() * example
+        if step:
+            gradients = gradients + work["steps"].double() * step
+        return {**out, **sums, "gradients": gradients}, None
 
 
 class _Start:
@@ -285,7 +295,9 @@ def _downloads(downs: Sequence[Tree]) -> tuple[Tree, Tree]:
     return alike, {name: x for name, x in down.items() if name not in alike}
 
 
-def _joined(done: Sequence[Done], order: Tensor) -> Done:
+def joined(done: Sequence[Done], order: Tensor) -> Done:
+    """What several parts did as one, with the clients in this order."""
+
     def cat(trees: Sequence[Tree]) -> Tree:
         return {name: torch.cat([t[name] for t in trees])[order] for name in trees[0]}
 

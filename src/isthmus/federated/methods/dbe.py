@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from isthmus import catalogue
 from isthmus.contracts import Meta, Reduced, Update
-from isthmus.federated.halves import halves, shares, watched
+from isthmus.federated.between import halves, shares, watched
 from isthmus.federated.method import Knobs, Method, State
 from isthmus.learn.phase import Carry, Grad, Opt, Phase, Step, Visit, update_once
 from isthmus.models.factors import Places

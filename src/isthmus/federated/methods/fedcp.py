@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from isthmus import catalogue, seeds
 from isthmus.contracts import Update
-from isthmus.federated.halves import halves, shares, watched
+from isthmus.federated.between import halves, shares, watched
 from isthmus.federated.method import Knobs, Method
 from isthmus.learn.phase import Carry, Phase, Visit
 from isthmus.models.bind import bind

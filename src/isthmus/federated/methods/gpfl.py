@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from isthmus import catalogue, seeds
 from isthmus.contracts import Update
 from isthmus.errors import InputError
-from isthmus.federated.halves import halves, watched
+from isthmus.federated.between import halves, watched
 from isthmus.federated.method import Knobs, Method
 from isthmus.learn.phase import Carry, Grad, Opt, Phase, Plan, Visit
 from isthmus.learn.plan import full_batch_many

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from isthmus import catalogue, tree
 from isthmus.contracts import Meta, Reduced, Update
-from isthmus.errors import InputError
 from isthmus.federated.method import Known, Method, State
+from isthmus.federated.steps import even, moving, plain_sgd
 from isthmus.learn.phase import Carry, Grad, Opt, Visit
 from isthmus.tasks.contract import Batch
 from isthmus.tree import Tree
@@ -34,14 +34,11 @@ class Scaffold(Method):
     """Overrides D, S, P, U, W, V. The model is averaged evenly over the participants."""
 
     def __post_init__(self) -> None:
-        rule = self.local.optimiser
-        if rule.name != "sgd" or rule.init({"x": torch.zeros(1)}):
-            given = rule.name if rule.name != "sgd" else "sgd with momentum"
-            raise InputError("optimiser", given, "plain sgd with method scaffold")
+        plain_sgd(self)
 
     @property
     def controlled(self) -> list[str]:
-        return [name for name in self.names.trainable if name in self.names.shared]
+        return moving(self.names)
 
     def init(self, tensors: Tree) -> State:
         state = super().init(tensors)
@@ -59,10 +56,14 @@ class Scaffold(Method):
         x, _ = super().start(visit, down, kept)
         return x, {"c - c_i": {n: down[C + n] - kept[C + n] for n in self.controlled}}
 
+    def slope(self, grad: Grad, y: Tree) -> Tree:
+        """The gradient of the client's loss that a step takes."""
+        return grad(y)[0]
+
     def step(
         self, grad: Grad, params: Tree, opt: Opt, carry: Carry, batch: Batch
     ) -> tuple[Tree, Opt, Carry]:
-        g, _ = grad(params)
+        g = self.slope(grad, params)
         params, opt = opt.update({**g, **tree.add(carry["c - c_i"], g)}, params)
         return params, opt, carry
 
@@ -82,7 +83,7 @@ class Scaffold(Method):
         return Reduced(tree.zeros_like({**state["shared"], **state["c"]}))
 
     def weigh(self, meta: Sequence[Meta]) -> Tensor:
-        return torch.full((len(meta),), 1.0 / len(meta), dtype=torch.float64)
+        return even(meta)
 
     def server(self, state: State, reduced: Reduced, meta: Sequence[Meta]) -> State:
         part = len(meta) / self.population

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -41,18 +41,30 @@ class Sync:
         if not 1 <= self.cohort <= self.population:
             raise InputError("cohort", self.cohort, f"1 to {self.population} (the clients)")
 
-    def clients(self, round: int) -> np.ndarray:
-        """The clients of a round, int64, in rising order."""
-        if self.cohort == self.population:
-            return np.arange(self.population)
-        if self.sampling == "fixed" and self.population <= SMALL:
-            return _block(self, round // BLOCK)[round % BLOCK]
+    kind: ClassVar[str] = "sync"
+    needs_loss: ClassVar[bool] = False
+
+    def clients(self, round: int, among: np.ndarray | None = None) -> np.ndarray:
+        """The clients of a round, int64, in rising order; `among` says who can be reached."""
+        there = np.arange(self.population) if among is None else np.flatnonzero(among)
+        if len(there) == self.population:
+            if self.cohort == self.population:
+                return there
+            if self.sampling == "fixed" and self.population <= SMALL:
+                return _block(self, round // BLOCK)[round % BLOCK]
         key = seeds.fold(seeds.key(self.seed, "cohort"), round)
-        size = self.cohort
+        size = min(self.cohort, len(there))
         if self.sampling == "poisson":
             draw = np.random.default_rng(key & (2**63 - 1))
-            size = int(draw.binomial(self.population, self.cohort / self.population))
-        return distinct(key, size, self.population)
+            size = int(draw.binomial(len(there), self.cohort / self.population))
+        return there[distinct(key, size, len(there))]
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: a round's cohort follows from the seed and its number."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass
 
 
 @lru_cache(maxsize=4)

@@ -1,0 +1,5 @@
+"""The server's half."""
+
+from isthmus.run.deployment import server_app
+
+app = server_app()

@@ -1,0 +1,1 @@
+"""Small devices: what they are, what they can run."""

@@ -1,0 +1,1 @@
+"""A Flower app, written for Flower alone."""

@@ -1,0 +1,3 @@
+"""The app in `app/` is a Flower app like any other: run, not collected."""
+
+collect_ignore = ["app"]
