@@ -9,7 +9,7 @@ part, a quarter of each client's items held out; lam 0.01, mu 0.1. Clients are s
 held-out items just after the server has mixed. 30 clients have a Dirichlet(0.3) share of each
 class; FedAvg is met on the authors' split, 20 clients and Dirichlet(0.1). An item's margin is the
 cosine of its global feature to its own class less that to the nearest other one. Mean of three
-seeds.
+seeds, on the authors' split of two.
 
 Thresholds are half of the means over four seeds: 2.9 points of accuracy above training alone (0.4
 to 5.3), 2.0 above GPFL without the angle term (0.4 to 3.6), 4.9 above FedAvg (2.2 to 7.4); margins
@@ -30,6 +30,9 @@ from isthmus.claims.dbe import AUTHORS
 from isthmus.claims.fedala import KEYS, SEEDS, accuracy, ahead, own_models, played
 from isthmus.models.bind import bind
 from isthmus.run.build import Built
+
+FEW = 2
+"""Seeds on the authors' split."""
 
 
 def ours(seed: int, keys: dict[str, Any] = KEYS, **more: Any) -> Built:
@@ -58,9 +61,9 @@ def claim(progress: Progress) -> list[Check]:
     runs = [ours(seed) for seed in range(SEEDS)]
     progress(f"without the angle term, {SEEDS} seeds")
     blind = [ours(seed, angle=False) for seed in range(SEEDS)]
-    progress(f"the authors' split, {SEEDS} seeds")
-    whole = mean(accuracy(played("fedavg", seed, keys=AUTHORS)) for seed in range(SEEDS))
-    first = mean(accuracy(ours(seed, AUTHORS)) for seed in range(SEEDS))
+    progress(f"the authors' split, {FEW} seeds")
+    whole = mean(accuracy(played("fedavg", seed, keys=AUTHORS)) for seed in range(FEW))
+    first = mean(accuracy(ours(seed, AUTHORS)) for seed in range(FEW))
     own, without = mean(map(accuracy, runs)), mean(map(accuracy, blind))
     on, off = mean(map(margin, runs)), mean(map(margin, blind))
     return [
