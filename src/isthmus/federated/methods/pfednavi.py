@@ -59,7 +59,7 @@ class Settings(Knobs):
     rejoin: bool = True
 
 
-@catalogue.register("pfednavi", place="method", status="reconstructed")
+@catalogue.register("pfednavi", place="method", status="miniature")
 class PFedNavi(Method):
     """Overrides S and F (mix, then train) and U (keep local and a)."""
 
