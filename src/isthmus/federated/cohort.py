@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from isthmus import tree
 from isthmus.contracts import Updates
 from isthmus.federated.method import Data, Method
 from isthmus.learn.phase import Phase, Plan, Purpose, Visit
@@ -180,9 +181,7 @@ def table_of(cohort: Cohort, ground: Ground) -> tuple[Tensor, Tensor]:
     whole[3], whole[4] = cohort.ranks, cohort.keys
     real = np.empty((3, len(cohort)))
     real[0], real[1], real[2] = ground.owned.sizes(cohort.clients), 0.0, cohort.lr
-    if ground.dtype == torch.float32:  # numpy's conversion of a few numbers costs less
-        return torch.from_numpy(whole), torch.from_numpy(real.astype(np.float32))
-    return torch.from_numpy(whole), torch.from_numpy(real).to(ground.dtype)
+    return torch.from_numpy(whole), tree.cast(torch.from_numpy(real), ground.dtype)
 
 
 def fields_of(whole: Tensor, real: Tensor) -> dict[str, Tensor]:
