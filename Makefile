@@ -22,7 +22,7 @@ demo: .venv/.ready
 	@$(OFFLINE) $(PY) -m isthmus demo
 
 test: .venv/.ready
-	@$(OFFLINE) $(PY) -m pytest $(ARGS)
+	@$(OFFLINE) $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: .venv/.dev
 	@$(PY) -m ruff format --check .

@@ -65,9 +65,9 @@ def test_one_step_has_exactly_the_law_of_the_target(name: str, settings: dict[st
     ("name", "settings"),
     [
         ("cloud-only", {}),
-        ("full-row", {}),
         ("tk-slt", {"K": 4}),
         ("dssd", {"grid": "6"}),
+        pytest.param("full-row", {}, marks=slow),
         pytest.param("tk-slt", {"K": 1}, marks=slow),
         pytest.param("tk-slt", {"K": 2}, marks=slow),
         pytest.param("tk-slt", {"K": V}, marks=slow),

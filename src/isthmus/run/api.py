@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,11 +147,18 @@ def resume(out: Path | str, watch: Watch | None = None, task: Task | None = None
     out = Path(out)
     folder = Folder(out)
     config = folder.config()
-    if folder.again():
-        return _play(build(config, folder.ledger(), out / CLIENTS, task), folder, watch, [])
-    about, tensors, ledger, store = folder.resume()
-    built = build(config, ledger, store, task)
-    checkpoint.restore(built.federation, about, tensors)
+    with ExitStack() as undo:  # what was opened is closed where the rest does not fit
+        undo.callback(folder.close)
+        if folder.again():
+            about, tensors, ledger, store = None, {}, folder.ledger(), out / CLIENTS
+        else:
+            about, tensors, ledger, store = folder.resume()
+        undo.callback(ledger.close)
+        built = build(config, ledger, store, task)
+        undo.callback(built.federation.store.close)
+        if about is not None:
+            checkpoint.restore(built.federation, about, tensors)
+        undo.pop_all()
     with open(folder.path / METRICS) as file:
         rows = [json.loads(line) for line in file]
     return _play(built, folder, watch, rows)

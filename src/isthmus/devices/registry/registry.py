@@ -53,11 +53,8 @@ class Fit(NamedTuple):
 class Registry:
     """Devices, models and deployments in one graph.
 
-    >>> registry = Registry.load()
-    >>> [fit.model for fit in registry.models_for("microbit-v2")]
-    ['ad']
-    >>> [fit.device for fit in registry.devices_for("magic-wand")]
-    ['nicla-vision', 'nano-33-ble-sense']
+    With the example's, ``[fit.model for fit in Registry.load().models_for("microbit-v2")]`` is
+    ``["ad"]``, and ``devices_for("magic-wand")`` names `nicla-vision` and `nano-33-ble-sense`.
     """
 
     def __init__(self, graph: Graph) -> None:
