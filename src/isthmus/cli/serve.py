@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from typing import Annotated, Literal
 
 from tyro.conf import arg
@@ -54,36 +55,38 @@ def command(
     secret = check_token(token_of(token), host)
     if port is not None and not 0 <= port < 65536:
         raise InputError("port", port, "0 to 65535")
-    try:
+    with suppress(KeyboardInterrupt):  # what Ctrl-C may end a server with
         if role == "edge":
-            return _edge(model, edge, host, port, secret)
-        uvicorn = need("uvicorn", "serve")
-        from isthmus.inference.server.app import make_app
-        from isthmus.inference.server.service import Service
-        from isthmus.run.saved import language_of
+            _edge(model, edge, host, port, secret)
+        else:
+            uvicorn = need("uvicorn", "serve")
+            from isthmus.inference.server.app import make_app
+            from isthmus.inference.server.service import Service
+            from isthmus.run.saved import language_of
 
-        target, small = language_of(model), optional(draft)
-        few_threads(target, small)
-        service = Service(
-            target, small, name=_name(model),
-            method=method or ("cloud-only" if small is None else "dssd"), link=link,
-            device=device, edge=edge, fallback=fallback, at_once=at_once,
-        )  # fmt: skip
-        app = make_app(service, secret, __version__)
-        with _listening(host, 8000 if port is None else port) as sock:
-            config = uvicorn.Config(
-                app, log_level="warning", timeout_graceful_shutdown=2, server_header=False
-            )
-            at = _shown(*sock.getsockname()[:2])
-            print(f"{service.name} at http://{at} by {service.method} over {link}; Ctrl-C stops")
-            print(f"OpenAI's API: http://{at}/v1, counters: http://{at}/metrics", flush=True)
-            uvicorn.Server(config).run(sockets=[sock])
-    except KeyboardInterrupt:  # how a server is stopped
-        print("stopped")
+            target, small = language_of(model), optional(draft)
+            few_threads(target, small)
+            service = Service(
+                target, small, name=_name(model),
+                method=method or ("cloud-only" if small is None else "dssd"), link=link,
+                device=device, edge=edge, fallback=fallback, at_once=at_once,
+            )  # fmt: skip
+            app = make_app(service, secret, __version__)
+            with _listening(host, 8000 if port is None else port) as sock:
+                config = uvicorn.Config(
+                    app, log_level="warning", timeout_graceful_shutdown=2, server_header=False
+                )
+                at = _shown(*sock.getsockname()[:2])
+                print(
+                    f"{service.name} at http://{at} by {service.method} over {link}; Ctrl-C stops"
+                )
+                print(f"OpenAI's API: http://{at}/v1, counters: http://{at}/metrics", flush=True)
+                uvicorn.Server(config).run(sockets=[sock])
+    print("stopped")
     return 0
 
 
-def _edge(model: str, device: str, host: str, port: int | None, secret: str | None) -> int:
+def _edge(model: str, device: str, host: str, port: int | None, secret: str | None) -> None:
     from isthmus.inference.apart import PORT, serve_edge
     from isthmus.inference.edge import Edge
     from isthmus.inference.engine import Engine
@@ -102,7 +105,6 @@ def _edge(model: str, device: str, host: str, port: int | None, secret: str | No
     port = PORT if port is None else port
     _listening(host, port).close()  # one line for an address that cannot be had
     serve_edge(edge, host, port, secret, ready=ready)
-    return 0
 
 
 def _listening(host: str, port: int) -> socket.socket:

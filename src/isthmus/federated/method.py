@@ -190,6 +190,10 @@ class Method:
         """D: the tensors for one client."""
         return state["shared"]
 
+    def sends(self, state: State, known: Sequence[Known]) -> list[Tree]:
+        """D of several clients, for a server that makes many downloads faster together."""
+        return [self.send(state, k) for k in known]
+
     def start(self, visit: Visit, down: Tree, kept: Tree) -> tuple[Tree, Carry]:
         """S: the tensors to train from, and what the method carries along."""
         own = {name: kept[name] for name in self.names.local}

@@ -90,15 +90,14 @@ class Federation:
         return self.method.personal_download
 
     def downloads(self, clients: np.ndarray) -> list[Tree]:
-        """What each of these clients would be sent now; one object where it is the same."""
-        made: dict[int, Tree] = {}
-        ranks = self.ranks[clients].tolist()
-        slots = clients.tolist() if self.apart else ranks
-        for slot, client, rank in zip(slots, clients.tolist(), ranks, strict=True):
-            if slot not in made:
-                known = Known(client, rank, int(self.versions[client]))
-                made[slot] = self.method.send(self.state, known)
-        return [made[slot] for slot in slots]
+        """What each of these clients would be sent now; one object where it is the same: for
+        clients of one rank, unless every client has a model of its own."""
+        ranks, versions = self.ranks[clients], self.versions[clients]
+        slots = clients if self.apart else ranks
+        found, first, which = np.unique(slots, return_index=True, return_inverse=True)
+        known = [Known(int(clients[i]), int(ranks[i]), int(versions[i])) for i in first]
+        made = self.method.sends(self.state, known)
+        return [made[0]] * len(clients) if len(found) == 1 else [made[i] for i in which]
 
     def step(self) -> Report:
         """Play one round; before the first one, the warm-up of a method that has one."""
@@ -177,18 +176,17 @@ class Federation:
             return [nothing] * n, Delivery(
                 still, still + self.now, still, still, still, still, arrived, nothing_tried
             )
-        made: dict[int, tuple[Tree, int, int]] = {}
         axes = self.method.rank_axes() if self.method.slices_download else None
-        ranks = self.ranks[clients].tolist()
-        # Who is sent the same: clients of one rank, unless every client has a model of its own.
-        slots = clients.tolist() if self.method.personal_download else ranks
-        for slot, client, rank in zip(slots, clients.tolist(), ranks, strict=True):
-            if slot not in made:
-                sent = self.method.send(self.state, Known(client, rank, int(self.versions[client])))
-                made[slot] = self.path.down(sent, self.round, key, rank, axes)
-        downs = [made[slot][0] for slot in slots]
-        sizes = np.array([made[slot][1] for slot in slots], np.int64)
-        values = np.array([made[slot][2] for slot in slots], np.int64)
+        crossed: dict[tuple[int, int], tuple[Tree, int, int]] = {}
+        made = self.downloads(clients)
+        slots = list(zip(map(id, made), self.ranks[clients].tolist(), strict=True))
+        for slot, sent in zip(slots, made, strict=True):
+            if slot not in crossed:
+                crossed[slot] = self.path.down(sent, self.round, key, slot[1], axes)
+        got = [crossed[slot] for slot in slots]
+        downs = [down for down, _, _ in got]
+        sizes = np.array([size for _, size, _ in got], np.int64)
+        values = np.array([count for _, _, count in got], np.int64)
         names = self.named(clients)
         delivery = self.link.send_many(
             sizes, "down", self.now, key=seeds.fold(key, 1), index=clients

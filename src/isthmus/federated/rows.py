@@ -41,7 +41,7 @@ class Rows(Method):
 
     def arrived(self, state: State, reduced: Reduced, meta: Sequence[Meta]) -> Tree:
         """All rows after those of the senders have moved from what they were sent."""
-        sent = [self.send(state, Known(m.client, 0, 0)) for m in meta]
+        sent = self.sends(state, [Known(m.client, 0, 0) for m in meta])
         who = torch.tensor([m.client for m in meta], dtype=torch.int64)
         return {
             name: x.index_copy(0, who, torch.stack([s[name] for s in sent]) + reduced.tensors[name])

@@ -70,6 +70,6 @@ def test_those_near_pull_and_those_far_do_not() -> None:
         for name, x in got.items():
             low, high = rows[name][list(near)].amin(0), rows[name][list(near)].amax(0)
             assert bool(((x >= low - 1e-9) & (x <= high + 1e-9)).all())
-    xi = fed.method.attention(rows, 0)  # pyright: ignore[reportAttributeAccessIssue]
+    xi = fed.method.attention(rows, torch.tensor([0]))[0]  # pyright: ignore[reportAttributeAccessIssue]
     assert float(xi.sum()) == pytest.approx(1.0) and float(xi[3:].max()) < 1e-12
     assert 0.1 < float(xi[1]) <= 0.25

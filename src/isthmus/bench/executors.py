@@ -1,0 +1,240 @@
+"""What computing a cohort at once gains over one client after the other, for every method.
+
+A round of 100 of 100 clients: digits, one local epoch, batches of 10, an MLP 64-128-10, one
+thread, everything counted. The three ways take turns in one run: `sequential`, `vectorised` with
+recorded operations (eager) and `vectorised` through the inductor (compiled); the ratio is that of
+the medians. LoRA is on both layers of the MLP. What a recording costs once is not in it.
+
+Then the schedules that start visits one by one, whose pending visits are computed together; a
+convolution net, where there is least to gain; the part of a round that is not training; and a
+million registered clients.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from isthmus import catalogue
+from isthmus.bench.federated import BATCH, CLIENTS, LR, WideDigits
+from isthmus.bench.figure import Figure, at_least, at_most, turns_of
+from isthmus.federated.adapters.lora import LoraMethod
+from isthmus.learn.graph import Graphs
+from isthmus.models.nets import cnn
+from isthmus.run.build import build, method_of
+from isthmus.run.config import Config
+from isthmus.tasks.contract import Items, Size, Task
+from isthmus.wire.ledger import Ledger
+
+TURNS = 5
+WAYS = {
+    "sequential": {"executor": "sequential", "compile": "none"},
+    "eager": {"executor": "vectorised", "compile": "trace"},
+    "compiled": {"executor": "vectorised", "compile": "compile"},
+}
+GOALS = {"eager": 5, "compiled": 8}
+TABLE = f"Rounds a second over the sequential executor's, {CLIENTS} clients"
+SCHEDULES = ("fedasync", "fedbuff:k=10", "fedcompass")
+
+
+def figures() -> list[Figure]:
+    """All of the tables below, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [
+            *over_sequential(catalogue.names("method")),
+            *asynchronous(),
+            convolution(),
+            *besides_training(),
+            *crowds(),
+        ]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def over_sequential(
+    names: list[str], turns: int = TURNS, ways: tuple[str, ...] = ("eager", "compiled")
+) -> list[Figure]:
+    """Each method's ratios, then their median and the smallest; methods that cannot be
+    vectorised are named with the reason."""
+    cells: list[Figure] = []
+    out: list[Figure] = []
+    for name in names:
+        kind = method_of(name)
+        if not kind.vectorise:
+            out.append(Figure(f"{name} is sequential: {kind.why_sequential}", 1.0, "x"))
+            continue
+        feds = [federation(name, way) for way in ("sequential", *ways)]
+        base, *times = [median(t) for t in turns_of(turns, [fed.step for fed in feds])]
+        cells += [
+            Figure(f"{name}, {way}", base / seconds, "x", cell=(TABLE, name, way))
+            for way, seconds in zip(ways, times, strict=True)
+        ]
+    for way in ways:
+        found = [figure.value for figure in cells if figure.cell and figure.cell[2] == way]
+        what = f"{way} rounds over sequential ones, {len(found)} methods"
+        out.append(at_least(f"{what}: median", median(found), GOALS[way], "x"))
+        out.append(at_least(f"{what}: the least", min(found), 2, "x"))
+    return cells + out
+
+
+def asynchronous(turns: int = TURNS) -> list[Figure]:
+    """As many visits as clients under schedules in which every client has a time of its own."""
+    out: list[Figure] = []
+    for schedule in SCHEDULES:
+        keys = {"schedule": schedule, "speeds": "lognormal:0.5", "evaluate": 0}
+        feds = [federation("fedavg", way, **keys) for way in ("sequential", "eager")]
+        times = turns_of(turns, [visits(fed, CLIENTS) for fed in feds])
+        ratio = median(times[0]) / median(times[1])
+        out.append(Figure(f"{schedule}, pending visits together over one by one", ratio, "x"))
+    return out
+
+
+def visits(fed: Any, number: int) -> Callable[[], None]:
+    def play() -> None:
+        until = len(fed.ledger) + 2 * number  # a row down and a row up
+        while len(fed.ledger) < until:
+            fed.step()
+
+    return play
+
+
+class ConvolvedDigits(WideDigits):
+    """Digits with the small convolution net."""
+
+    def build(self, size: Size = "small", seed: int = 0) -> nn.Module:
+        return cnn([8, 16], 10, seed)
+
+
+def convolution(turns: int = TURNS) -> Figure:
+    """A convolution net with what `executor: auto` and `compile: auto` choose for it."""
+    task = ConvolvedDigits()
+    feds = [federation("fedavg", way, task, cohort=20) for way in ("sequential", "auto")]
+    times = turns_of(turns, [fed.step for fed in feds])
+    graphs: Graphs = feds[1].executor.graphs
+    title = f"convolution net, 20 clients, as chosen (vectorised, {graphs.mode}) over sequential"
+    return at_least(title, median(times[0]) / median(times[1]), 0.9, "x")
+
+
+def besides_training() -> list[Figure]:
+    """The part of a round outside the recorded visits of its clients: messages, links, the
+    ledger, plans, mixing."""
+    digits = federation("fedavg", "eager")
+    keys = {"task": "text", "method": "fedit", "clients": 8, "cohort": 8, "lr": 5e-3, "steps": 5}
+    config = Config.make({**keys, "evaluate": 0, "executor": "vectorised"})
+    text = build(config, Ledger()).federation
+    return [
+        at_most(f"not training, digits, {CLIENTS} clients", outside(digits, 40), 0.25, "of 1"),
+        at_most("not training, embedded language model with LoRA", outside(text, 2), 0.03, "of 1"),
+    ]
+
+
+def outside(fed: Any, rounds: int) -> float:
+    """Share of the time of some rounds that is spent outside their visits."""
+    fed.step()
+    with timed(fed.executor.graphs) as inside:
+        start = time.perf_counter()
+        for _ in range(rounds):
+            fed.step()
+        whole = time.perf_counter() - start
+    return 1.0 - sum(inside) / whole
+
+
+@contextmanager
+def timed(graphs: Graphs) -> Iterator[list[float]]:
+    """The seconds of every outermost call of the recordings while it is open."""
+    spent: list[float] = []
+    call, deep = graphs.call, False
+
+    def measured(*given: Any) -> Any:
+        nonlocal deep
+        if deep:
+            return call(*given)
+        deep, start = True, time.perf_counter()
+        try:
+            return call(*given)
+        finally:
+            deep = False
+            spent.append(time.perf_counter() - start)
+
+    graphs.call = measured  # type: ignore[method-assign]
+    try:
+        yield spent
+    finally:
+        del graphs.call
+
+
+REGISTERED = (10_000, 1_000_000)
+COHORT = 1_000
+
+
+def crowds() -> list[Figure]:
+    """A million registered clients beside ten thousand, each in a process of its own: SCAFFOLD,
+    whose clients keep 38 kB each on disk, cohorts of a thousand."""
+    few, many = (_alone(registered) for registered in REGISTERED)
+    cohort = f"cohort {COHORT:,}"
+    return [
+        Figure(f"round, {REGISTERED[1]:,} registered, {cohort}", many[0], "s"),
+        at_most(
+            f"the same over that with {REGISTERED[0]:,} registered", many[0] / few[0], 1.25, "x"
+        ),
+        Figure(f"peak memory, {REGISTERED[1]:,} registered, {cohort}", many[2], "GiB"),
+        Figure(f"the same with {REGISTERED[0]:,} registered", few[2], "GiB"),
+        at_most("memory gained between round 10 and round 40", many[2] - many[1], 0.05, "GiB"),
+    ]
+
+
+def _alone(registered: int) -> tuple[float, float, float]:
+    code = f"from isthmus.bench.executors import crowd; print(*crowd({registered}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, early, late = (float(word) for word in done.stdout.split())
+    return seconds, early, late
+
+
+def crowd(registered: int, rounds: int = 40) -> tuple[float, float, float]:
+    """Median seconds of a round, and the peak memory in GiB after ten rounds and at the end."""
+    torch.set_num_threads(1)
+    task = WideDigits()
+    few = task.synthesise(0).train
+    rows = torch.arange(registered) % len(few)
+    many = Items({name: x[rows] for name, x in few.columns.items()})
+
+    class Crowd(WideDigits):
+        def synthesise(self, seed: int = 0, size: Size = "small") -> Any:
+            return super().synthesise(seed, size)._replace(train=many)
+
+    keys = {"method": "scaffold", "clients": registered, "cohort": COHORT, "batch": BATCH}
+    config = Config.make({**keys, "lr": LR, "evaluate": 0, "executor": "vectorised"})
+    times: list[float] = []
+    peaks: list[float] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ledger = Ledger(folder / "ledger.jsonl")
+        fed = build(config, ledger, folder / "clients.bin", Crowd()).federation
+        for _ in range(rounds):
+            start = time.perf_counter()
+            fed.step()
+            times.append(time.perf_counter() - start)
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    return float(np.median(times[1:])), peaks[9], peaks[-1]
+
+
+def federation(name: str, way: str, task: Task | None = None, **more: Any) -> Any:
+    keys: dict[str, Any] = {"method": name, "clients": CLIENTS, "cohort": CLIENTS, "batch": BATCH}
+    keys |= {"lr": LR, "epochs": 1, "evaluate": 0, **WAYS.get(way, {}), **more}
+    if issubclass(method_of(name), LoraMethod):
+        keys["settings"] = {"targets": ("features.0", "head")}
+    return build(Config.make(keys), Ledger(), task=task or WideDigits()).federation

@@ -1,0 +1,51 @@
+"""The figures of the executors: ratios of rounds that really ran, and shares between 0 and 1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from isthmus.bench import executors
+from isthmus.federated.executors.sequential import Sequential
+from isthmus.federated.executors.vectorised import Vectorised
+
+
+def test_each_method_has_a_ratio_and_all_together_a_median_and_a_least() -> None:
+    found = executors.over_sequential(["fedavg", "local-only"], turns=1, ways=("eager",))
+    ratios = {figure.cell[1]: figure.value for figure in found if figure.cell}
+    assert set(ratios) == {"fedavg", "local-only"} and min(ratios.values()) > 0
+    middle, least = found[-2:]
+    assert middle.value == pytest.approx(sum(ratios.values()) / 2)
+    assert least.value == min(ratios.values())
+    assert (middle.goal, least.goal) == ("at least 5 x", "at least 2 x")
+
+
+def test_the_ways_compute_the_same_round() -> None:
+    feds = [executors.federation("fedavg", way) for way in ("sequential", "eager")]
+    for fed in feds:
+        fed.step()
+    one, many = feds
+    assert isinstance(one.executor, Sequential) and isinstance(many.executor, Vectorised)
+    for name, x in one.state["shared"].items():
+        torch.testing.assert_close(many.state["shared"][name], x, rtol=1e-4, atol=1e-6)
+    assert len(one.ledger) == len(many.ledger) == 3 * executors.CLIENTS
+
+
+def test_what_is_not_training_is_a_part_of_the_round() -> None:
+    fed = executors.federation("fedavg", "eager")
+    assert 0.0 < executors.outside(fed, 2) < 1.0
+    with executors.timed(fed.executor.graphs) as inside:
+        fed.step()
+    assert len(inside) == 1  # one recorded visit of all clients
+
+
+def test_visits_are_counted_by_the_ledger() -> None:
+    fed = executors.federation("fedavg", "eager", schedule="fedbuff:k=5", speeds="lognormal:0.5")
+    executors.visits(fed, 10)()
+    assert 20 <= len(fed.ledger) <= 20 + 3 * executors.CLIENTS
+
+
+def test_a_crowd_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "COHORT", 20)
+    seconds, early, late = executors.crowd(100, rounds=11)
+    assert seconds > 0 and 0 < early <= late
