@@ -43,6 +43,17 @@ def test_numbers_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.target == pytest.approx(0.62)
     assert (a.rounds, a.bytes, a.seconds) == (3, 300, 6.0) and b.rounds is None
     assert b.rates[0.1] != b.rates[0.1]  # NaN
+    assert found.notes[-2:] == (
+        "The best rate is the largest that was tried: fedavg.",
+        "The best rate is the smallest that was tried: fedprox.",
+    )
+
+
+def test_words_of_a_command_line_are_keys_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "play", fake)
+    words = {"holdout": "0.25", "partition": "iid"}
+    found = compare(["fedavg"], seeds=1, jobs=1, rates=(0.3,), **{**TINY, **words})
+    assert found.notes[0].startswith("Scored on 25% of each client's own items, just after mixing")
 
 
 def test_the_target_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:

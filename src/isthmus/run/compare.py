@@ -179,7 +179,10 @@ def compare(
         metric.higher_is_better,
         reach,
         tuple(lines),
-        _notes(common, seeds, methods[0] if target is None else None),
+        (
+            *_notes(built[0].config, seeds, methods[0] if target is None else None),
+            *_at_the_edge(lines),
+        ),
     )
 
 
@@ -195,18 +198,28 @@ def _rates(given: Sequence[float], keys: Mapping[str, Any], config: Config) -> l
     return [config.lr * factor for factor in SPREAD]
 
 
-def _notes(common: Mapping[str, Any], seeds: int, first: str | None) -> tuple[str, ...]:
+def _notes(config: Config, seeds: int, first: str | None) -> tuple[str, ...]:
     """What is recorded under every table."""
     moment = {"mixed": "just after mixing", "trained": "just after local training"}
-    own = common.get("holdout")
+    own = config.holdout
     items = f"{own:.0%} of each client's own items" if own else "the task's test items"
     goal = f"; the target is what {first} ends with there" if first else ""
     return (
-        f"Scored on {items}, {moment[str(common['score'])]}, after the last round, never the best.",
+        f"Scored on {items}, {moment[config.score]}, after the last round, never the best.",
         "Learning rates are chosen on validation items with the first seed; rounds, bytes and time "
         f"to the target are counted on validation items too{goal}. Test items are looked at once.",
         f"{seeds} seeds: +- is the standard deviation over them.",
     )
+
+
+def _at_the_edge(lines: Sequence[Line]) -> tuple[str, ...]:
+    """Says of which methods the best rate may lie beyond those that were tried."""
+    out = []
+    for which, word in ((max, "largest"), (min, "smallest")):
+        names = [x.title for x in lines if len(x.rates) > 1 and x.lr == which(x.rates)]
+        if names:
+            out.append(f"The best rate is the {word} that was tried: {', '.join(names)}.")
+    return tuple(out)
 
 
 @dataclass
