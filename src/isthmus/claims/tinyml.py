@@ -6,47 +6,81 @@ of resources; TinyReptile (arXiv:2304.05201) is as good as Reptile at half of th
 
 Here: (A) digits as a stream, the network trained on these very items; halfway all labels are moved
 on by one. The online layer on the features is held against the head as it was trained, by their
-accuracy over the last quarter. (B) The registry's answers on the example graph are held against
-plain loops over its triples.
+accuracy over the last quarter. (B) Sines of amplitude 0.1 to 5 and phase 0 to pi; clients of 32
+samples, 1000 visits, SGD 0.02 on single samples, MLP 1-32-32-1 with tanh; one client a round for
+TinyReptile (alpha from 1 to 0), ten for FedAvg. The figure is the squared error on 200 new sines
+after 8 and 32 steps on single samples of each, as the mean of three seeds. (C) The registry's
+answers on the example graph are held against plain loops over its triples.
 
-Thresholds: online above 0.8 and frozen below 0.5 (seen with one seed: 0.937 and 0.000); equal sets.
-Meta-learning is not judged here; its rules are held against loops by the tests.
+Thresholds: online above 0.8 and frozen below 0.5 (over seeds 0, 1, 2: 0.937, 0.968, 0.952 and
+0.000); two thirds of FedAvg's error, where these seeds had 0.40, 0.42, 0.38 after 8 steps beside
+FedAvg's 1.17, 1.27, 1.02 (0.35 of it), and 0.36, 0.32, 0.35 after 32 beside 1.10, 1.50, 1.23
+(0.27); equal sets. The network as it was drawn stays at 4.0 to 5.0, and FedAvg in batches of 10, an
+eighth of the steps, at 2.9 to 3.9. After 3000 visits with seed 0 it was 0.32 and 0.11, beside 0.51
+and 0.49. That TinyReptile takes half of Reptile's memory and time is not judged here.
 """
 
 from __future__ import annotations
 
+import math
+from statistics import mean
 from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from isthmus import seeds
 from isthmus.claims.claim import Check, Progress
 from isthmus.devices.registry import Registry
 from isthmus.learn.online import Online
+from isthmus.models.nets import mlp
 from isthmus.run.api import train
+from isthmus.tasks.contract import Task
 from isthmus.tasks.digits import Digits
+
+SEEDS, VISITS, ITEMS, NEW = 3, 1000, 32, 200
+RATE, SHARE = 0.02, 0.67
+AFTER = (8, 32)
+"""Steps on single samples, after which a new sine is looked at."""
 
 
 def claim(progress: Progress) -> list[Check]:
-    """Two of the three layers, each beside what it is measured against."""
+    """The three layers, each beside what it is measured against."""
+    registry = Registry.load()  # first, as it needs packages that may be missing
     progress("a stream whose labels change")
     online, frozen = stream(0)
-    progress("the registry")
-    asked, counted = matches(Registry.load())
-    return [
+    checks = [
         Check(
             "learns again after a change",
             "better accuracy by learning on the device",
             f"online {online:.3f}, frozen {frozen:.3f} (above 0.8 and below 0.5 asked)",
             online > 0.8 and frozen < 0.5,
-        ),
+        )
+    ]
+    progress(f"sines, {VISITS} visits, {SEEDS} seeds")
+    tiny = [sine("tinyreptile", seed) for seed in range(SEEDS)]
+    even = [sine("fedavg", seed) for seed in range(SEEDS)]
+    for steps in AFTER:
+        a, b = (mean(errors[steps] for errors in runs) for runs in (tiny, even))
+        checks.append(
+            Check(
+                f"adapts in {steps} samples",
+                "an initialisation from which few samples suffice",
+                f"error {a:.2f}, from FedAvg's {b:.2f}: {a / b:.2f} of it ({SHARE} asked)",
+                a <= SHARE * b,
+            )
+        )
+    progress("the registry")
+    asked, counted = matches(registry)
+    checks.append(
         Check(
             "finds who can run what",
             "devices and models matched by queries",
             f"{len(asked)} pairs by SPARQL, {len(counted)} by loops",
             asked == counted and len(asked) > 0,
-        ),
-    ]
+        )
+    )
+    return checks
 
 
 def stream(seed: int) -> tuple[float, float]:
@@ -65,6 +99,53 @@ def stream(seed: int) -> tuple[float, float]:
             stayed.append(int(run.model(x[j][None])[0].argmax()) == label)
     last = 3 * len(order) // 4
     return sum(right[last:]) / len(right[last:]), sum(stayed[last:]) / len(stayed[last:])
+
+
+def sines(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """x and y `[count, ITEMS, 1]`: one sine for each row."""
+    rng = seeds.rng(seed, "sines")
+    amplitude = torch.from_numpy(rng.uniform(0.1, 5.0, (count, 1, 1))).float()
+    phase = torch.from_numpy(rng.uniform(0.0, math.pi, (count, 1, 1))).float()
+    x = torch.from_numpy(rng.uniform(-5.0, 5.0, (count, 2 * ITEMS, 1))).float()
+    return x, amplitude * torch.sin(x + phase)
+
+
+def network(seed: int = 0) -> nn.Module:
+    """1-32-32-1 with tanh."""
+    return mlp([1, 32, 32, 1], activation="tanh", seed=seed)
+
+
+def sine(method: str, seed: int) -> dict[int, float]:
+    """Squared error on new sines after some steps on single samples."""
+    x, y = sines(VISITS, seed)
+    x, y = x[:, :ITEMS].reshape(-1, 1), y[:, :ITEMS].reshape(-1, 1)
+    owner = [f"{i:05d}" for i in range(VISITS) for _ in range(ITEMS)]
+    task = Task.of(network, (x, y), (x[:8], y[:8]), val=(x[:8], y[:8]), owner=owner,
+                   loss="squared-error", name="sines")  # fmt: skip
+    cohort = 1 if method == "tinyreptile" else 10
+    rounds = VISITS // cohort
+    keys: dict[str, Any] = {"settings": {"T": rounds}} if method == "tinyreptile" else {}
+    run = train(task, method, clients=VISITS, cohort=cohort, partition="natural", rounds=rounds,
+                batch=1, lr=RATE, optimiser="sgd", evaluate=0, seed=seed, **keys)  # fmt: skip
+    return adapted(run.model, seed + 1000)
+
+
+def adapted(model: nn.Module, seed: int) -> dict[int, float]:
+    """Means over `NEW` sines of the error on items that no step has seen."""
+    x, y = sines(NEW, seed)
+    params = {n: p.detach().expand(NEW, *p.shape) for n, p in model.named_parameters()}
+
+    def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return (torch.func.functional_call(model, params, (x,)) - y).square().mean()
+
+    slope, errors = torch.vmap(torch.func.grad(loss)), {}
+    for step in range(ITEMS + 1):
+        if step in AFTER:
+            errors[step] = float(torch.vmap(loss)(params, x[:, ITEMS:], y[:, ITEMS:]).mean())
+        if step < ITEMS:
+            g = slope(params, x[:, step : step + 1], y[:, step : step + 1])
+            params = {n: p - RATE * g[n] for n, p in params.items()}
+    return errors
 
 
 Pair = tuple[str, str]

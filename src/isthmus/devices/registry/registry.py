@@ -49,7 +49,7 @@ class Fit(NamedTuple):
     free_flash: int
 
 
-@catalogue.register("tinyml", place="device", status="reconstructed")
+@catalogue.register("tinyml", place="device", status="miniature")
 class Registry:
     """Devices, models and deployments in one graph.
 
