@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,9 +21,9 @@ import torch
 from isthmus import seeds, tree
 from isthmus.contracts import Context, Meta, Updates
 from isthmus.errors import InputError
-from isthmus.federated.cohort import Cohort
+from isthmus.federated.cohort import Cohort, Done
 from isthmus.federated.method import Known
-from isthmus.federated.path import MEMORY, PARTS, finite_rows
+from isthmus.federated.path import MEMORY, PARTS, as_it_was, nothing_sound
 from isthmus.federated.round import SERVER, Federation, Report
 from isthmus.federated.schedule import Action, Arrival, Mix, Start
 from isthmus.tree import Tree
@@ -81,6 +81,7 @@ class Asynchronous(Federation):
     visits: int = 0
     begun: bool = False
     _downs: tuple[int, dict[int, Any]] = (-1, {})
+    _diverged: set[int] = field(default_factory=set)
 
     def step(self) -> Report:
         """Follow the clock until the schedule mixes."""
@@ -220,6 +221,7 @@ class Asynchronous(Federation):
         return None
 
     def _arrive(self, client: int) -> Report | None:
+        self._diverged.clear()
         flight = self.flights.pop(client)
         assert flight.landed is not None  # it was sent
         self.store.put(np.array([client]), flight.version + 1, flight.landed.kept)
@@ -249,26 +251,25 @@ class Asynchronous(Federation):
         cohort = self._cohort(flights)
         done = self.executor.run(self.method, self.ground, cohort)
         gradients = float(done.gradients.sum())
-        if self.path.guard == "drop":
-            good = finite_rows(done.updates, len(flights)).numpy()
-            for flight, finite in zip(flights, good, strict=True):
-                flight.lost = not finite
-            flights = [flight for flight in flights if not flight.lost]
-            if not flights:
-                return gradients
-            cohort, done = cohort.take(np.flatnonzero(good)), done.take(np.flatnonzero(good))
         sizes = self.ground.owned.sizes(cohort.clients).tolist()
-        metas = [
+        done.updates.meta = [
             Meta(f.client, f.version + 1, f.version, size, int(steps), int(rank) or None)
             for f, size, steps, rank in zip(
                 flights, sizes, done.steps.tolist(), cohort.ranks.tolist(), strict=True
             )
         ]
-        done.updates.meta = metas
+        flights, cohort, done = self._sound(flights, cohort, done)
+        if not flights:
+            return gradients
         held = {name: x for name, x in cohort.kept.items() if name.startswith(MEMORY)}
+        done.kept = {**done.kept, **held}
         origin = partial(self.method.origin, self.state, cohort.downs[0], self.round)
         key = seeds.key(self.seed, "attack", self.visits)
-        sent = self.path.up(done.updates, {**done.kept, **held}, cohort.keys, key, origin)
+        done.updates, events = self.path.protected(done.updates, cohort.keys, key, origin)
+        flights, cohort, done = self._sound(flights, cohort, done)  # what an attacker has made
+        if not flights:
+            return gradients
+        sent = self.path.crossed(done.updates, done.kept, cohort.keys, events)
         for row, flight in enumerate(flights):
             flight.landed = Landed(
                 sent.updates.take([row]),
@@ -279,6 +280,28 @@ class Asynchronous(Federation):
                 sent.events,
             )
         return gradients
+
+    def _sound(
+        self, flights: Sequence[Flight], cohort: Cohort, done: Done
+    ) -> tuple[Sequence[Flight], Cohort, Done]:
+        """What the guard leaves of some visits; those that it drops are lost.
+
+        Raises `WireError` when all clients have diverged, one after the other, and none arrived.
+        """
+        updates, good = self.path.sound(done.updates)
+        if good is None:
+            return flights, cohort, done
+        kept = as_it_was(done.kept, cohort.kept, good)
+        if len(updates) == len(flights):
+            return flights, cohort, replace(done, updates=updates, kept=kept)
+        for flight, fine in zip(flights, good.tolist(), strict=True):
+            flight.lost = not fine
+        self._diverged |= {flight.client for flight in flights if flight.lost}
+        if len(self._diverged) == len(self.ground.owned):
+            raise nothing_sound()
+        rows = np.flatnonzero(good)
+        done = replace(replace(done, kept=kept).take(rows), updates=updates)
+        return [flight for flight in flights if not flight.lost], cohort.take(rows), done
 
     # -- a mix --------------------------------------------------------------------------
 

@@ -177,6 +177,10 @@ def uploads(play: Play) -> str:
     if not fed.method.communicates:
         demand(crossed == 0, f"{crossed} bytes went up, and the method says that nothing does")
         return "nothing crosses"
+    if fed.method.gathers:
+        other = fed.ledger.sums("bytes", by="kind", what="crossing").keys() - {"data"}
+        demand(crossed > 0 and not other, f"not only the data cross: {', '.join(sorted(other))}")
+        return f"{crossed:,} bytes of data, once"
     leaked = sorted(name for name in went if name.rpartition("/")[2] in private)
     demand(not leaked, f"{', '.join(leaked)}: went up and is not shared")
     demand(went, "nothing went up")
