@@ -42,6 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "method that changes the backbone": {"backbone": True},
     "method that gathers the data": {"gathers": True},
+    "schedule with a cache": {"cache": True},
     "method with a server of its own": {"server_half": True},
     **{f"{kind} schedule": {"schedule": kind} for kind in ("async", "gossip")},
     **{

@@ -163,6 +163,7 @@ def _schedule(config: Config, task: Task, clients: Clients) -> Any:
         seed=config.seed,
         sampling=config.sampling,
         histograms=_histograms(task, clients),
+        sizes=[len(part) for part in clients.parts],
         rounds=config.rounds,
     )
     gone = {"sync": (), "async": ("sampling", "deadline"), "gossip": UNSERVED}[made.kind]
@@ -463,6 +464,7 @@ def _pieces(config: Config, method: Method, path: Path, schedule: Any) -> compat
         individual=config.mask is not None
         and (method.reads_meta or type(method).reduce is not Method.reduce),
         schedule=schedule.kind,
+        cache=getattr(schedule, "keeps_cache", False),
         backbone=getattr(method, "keeps_base", False),
         gathers=method.gathers,
         server_half=_server_half(type(method)),

@@ -37,7 +37,7 @@ class Pieces:
     declared public. running_statistics: batch statistics are among the buffers that go up.
     individual: the method's server half reads single uploads. backbone: it changes the frozen
     weights that all clients share. server_half: its server does more than add a mean. gathers: the
-    data themselves go up, once, and no upload after.
+    data themselves go up, once, and no upload after. cache: the schedule keeps a model per client.
     vectorise: the method can be.
     """
 
@@ -59,6 +59,7 @@ class Pieces:
     backbone: bool = False
     server_half: bool = False
     gathers: bool = False
+    cache: bool = False
     vectorise: bool = True
 
     def words(self) -> frozenset[str]:
@@ -80,6 +81,7 @@ class Pieces:
             ("method with a server of its own", self.server_half),
             ("method that is not vectorised", not self.vectorise),
             ("method that gathers the data", self.gathers),
+            ("schedule with a cache", self.cache),
             ("several codecs", len(self.codec) > 1),
         ):
             if there:
@@ -210,6 +212,12 @@ RULES: tuple[Rule, ...] = (
         "method that changes the backbone",
         False,
         "visits under way would stand on another backbone than they were sent",
+    ),
+    Rule(
+        "schedule with a cache",
+        "method with a server of its own",
+        False,
+        "what is kept of a client is its model alone",
     ),
     Rule("gossip schedule", "method with a server of its own", False, "there is no server"),
     Rule("gossip schedule", "stack reducer", False, "there is no server to keep uploads"),
