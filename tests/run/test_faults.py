@@ -180,7 +180,7 @@ def test_a_full_disk_under_ledger_or_metrics_is_one_line_and_resumed(
 
         def ledger(folder: Folder) -> Ledger:
             made = begin(folder)
-            made._file = Full(made._file, room)
+            made._file = Full(made._file, room)  # type: ignore[assignment]
             return made
 
         monkeypatch.setattr(Folder, "ledger", ledger)

@@ -336,10 +336,10 @@ class Asynchronous(Federation):
         """Renew the cache and take its mean, as an upload of every entry's distance from now."""
         now, everyone = self.state["shared"], np.arange(len(self.ground.owned))
         if not self.cache.entries:
-            self.cache.put(dict.fromkeys(everyone.tolist(), now))
+            self.cache.put({k: now for k in everyone.tolist()})
         picked = [self.waiting.pop(number) for number in renew.picked]
         later = [self.waiting.pop(number) for number in renew.later]
-        self.cache.put({**dict.fromkeys(renew.reset, now), **_models(picked, now)})
+        self.cache.put({**{k: now for k in renew.reset}, **_models(picked, now)})
         sizes = self.ground.owned.sizes(everyone).tolist()
         metas = [Meta(k, self.round + 1, self.round, n) for k, n in enumerate(sizes)]
         updates = Updates(delta=self.cache.from_now(now), meta=metas)

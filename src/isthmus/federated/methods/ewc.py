@@ -14,7 +14,8 @@ FedMobile to the bit.
 
 (reconstructed): the federated form. The Fisher diagonal is the client's own and the empirical one
 (its items' own labels); it is taken in every visit, since a client does not know which is its last;
-w* is the first model that it is sent in the new stage; only the former stage counts.
+w* is the first model that it is sent in the new stage; only the former stage counts. lam is ours:
+as in any such penalty, lr lam F has to stay below 2.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ NOW, FISHER, STAR = "ewc/now/", "ewc/fisher/", "ewc/star/"
 class Settings(Stages):
     """lam: strength of the penalty; the rest as in FedMobile, without its two terms."""
 
-    lam: float = Field(100.0, ge=0.0)
+    lam: float = Field(10.0, ge=0.0)
     lam_u: float = Field(0.0, ge=0.0)
     lam_k: float = Field(0.0, ge=0.0)
 
