@@ -9,6 +9,8 @@ import pytest
 from isthmus import cli
 from isthmus.errors import InputError
 from isthmus.run import conformance
+from isthmus.run.build import method_of
+from isthmus.run.conformance import methods
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -36,6 +38,24 @@ def test_the_examples_run() -> None:
 @pytest.mark.parametrize("name", ["scaffold", "local-only", "FedMomentum"])
 def test_our_own_methods_keep_every_promise(name: str) -> None:
     assert [line for line in conformance.check(name) if not line.ok] == []
+
+
+def test_a_plug_in_over_another_method_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is looked at has the hooks of both."""
+    assert cli.main(["check", "DBE+fedala"]) == 0
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("ok ") for line in lines) and total.startswith("DBE+fedala: 7 of 7")
+    both, dbe, fedala = (overridden(name) for name in ("dbe+fedala", "dbe", "fedala"))
+    assert both == dbe | fedala and len(both) > max(len(dbe), len(fedala))
+    assert both == set(lines[0].partition("overrides ")[2].split(", "))
+    for wrong, words in (("fedavg+dbe", "before the +, not fedavg"), ("dbe+fdala", "feda")):
+        assert cli.main(["check", wrong]) == 2
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1
+
+
+def overridden(name: str) -> set[str]:
+    return set(methods.hooks(method_of(name)).removeprefix("overrides ").split(", "))
 
 
 HEAD = """

@@ -41,9 +41,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         for kind in ("mean", "coordinate", "adapter-factor", "adapter-product", "stack")
     },
     "method that changes the backbone": {"backbone": True},
+    "method that gathers the data": {"gathers": True},
+    "schedule with a cache": {"cache": True},
     "method with a server of its own": {"server_half": True},
     **{f"{kind} schedule": {"schedule": kind} for kind in ("async", "gossip")},
-    **{f"{kind} executor": {"executor": kind} for kind in ("auto", "vectorised", "sequential")},
+    **{
+        f"{kind} executor": {"executor": kind}
+        for kind in ("auto", "vectorised", "sequential", "flower")
+    },
     **{f"{kind} weights": {"weights": kind} for kind in ("examples", "uniform", "fixed")},
     **{f"{name} in the clear": {"sends": {"delta", name}} for name in FIELDS},
     "delta in the clear": {"covered": set()},

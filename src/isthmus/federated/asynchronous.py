@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,11 +21,12 @@ import torch
 from isthmus import seeds, tree
 from isthmus.contracts import Context, Meta, Updates
 from isthmus.errors import InputError
-from isthmus.federated.cohort import Cohort
+from isthmus.federated.cached import Cache
+from isthmus.federated.cohort import Cohort, Done
 from isthmus.federated.method import Known
-from isthmus.federated.path import MEMORY, PARTS, finite_rows
+from isthmus.federated.path import MEMORY, PARTS, as_it_was, nothing_sound
 from isthmus.federated.round import SERVER, Federation, Report
-from isthmus.federated.schedule import Action, Arrival, Mix, Start
+from isthmus.federated.schedule import Action, Arrival, Mix, Renew, Start, Stop
 from isthmus.tree import Tree
 
 
@@ -80,7 +81,9 @@ class Asynchronous(Federation):
     uploads: int = 0
     visits: int = 0
     begun: bool = False
+    cache: Cache = field(default_factory=Cache)
     _downs: tuple[int, dict[int, Any]] = (-1, {})
+    _diverged: set[int] = field(default_factory=set)
 
     def step(self) -> Report:
         """Follow the clock until the schedule mixes."""
@@ -118,9 +121,20 @@ class Asynchronous(Federation):
                 self._at(self.now, "start", action.client, action.steps)
             elif isinstance(action, Mix):
                 report = self._mix_now(action)
+            elif isinstance(action, Renew):
+                report = self._renewed(action)
+            elif isinstance(action, Stop):
+                self._stop(action.client)
             else:
                 self._at(action.at, "wake", action.token)
         return report
+
+    def _stop(self, client: int) -> None:
+        """Forget what a client is at work on; the work and the bytes so far stay counted."""
+        self.flights.pop(client, None)
+        own = ("start", "finish", "arrive")
+        self.events = [e for e in self.events if e.about != client or e.what not in own]
+        heapq.heapify(self.events)
 
     # -- a visit ------------------------------------------------------------------------
 
@@ -220,6 +234,7 @@ class Asynchronous(Federation):
         return None
 
     def _arrive(self, client: int) -> Report | None:
+        self._diverged.clear()
         flight = self.flights.pop(client)
         assert flight.landed is not None  # it was sent
         self.store.put(np.array([client]), flight.version + 1, flight.landed.kept)
@@ -249,26 +264,25 @@ class Asynchronous(Federation):
         cohort = self._cohort(flights)
         done = self.executor.run(self.method, self.ground, cohort)
         gradients = float(done.gradients.sum())
-        if self.path.guard == "drop":
-            good = finite_rows(done.updates, len(flights)).numpy()
-            for flight, finite in zip(flights, good, strict=True):
-                flight.lost = not finite
-            flights = [flight for flight in flights if not flight.lost]
-            if not flights:
-                return gradients
-            cohort, done = cohort.take(np.flatnonzero(good)), done.take(np.flatnonzero(good))
         sizes = self.ground.owned.sizes(cohort.clients).tolist()
-        metas = [
+        done.updates.meta = [
             Meta(f.client, f.version + 1, f.version, size, int(steps), int(rank) or None)
             for f, size, steps, rank in zip(
                 flights, sizes, done.steps.tolist(), cohort.ranks.tolist(), strict=True
             )
         ]
-        done.updates.meta = metas
+        flights, cohort, done = self._sound(flights, cohort, done)
+        if not flights:
+            return gradients
         held = {name: x for name, x in cohort.kept.items() if name.startswith(MEMORY)}
+        done.kept = {**done.kept, **held}
         origin = partial(self.method.origin, self.state, cohort.downs[0], self.round)
         key = seeds.key(self.seed, "attack", self.visits)
-        sent = self.path.up(done.updates, {**done.kept, **held}, cohort.keys, key, origin)
+        done.updates, events = self.path.protected(done.updates, cohort.keys, key, origin)
+        flights, cohort, done = self._sound(flights, cohort, done)  # what an attacker has made
+        if not flights:
+            return gradients
+        sent = self.path.crossed(done.updates, done.kept, cohort.keys, events)
         for row, flight in enumerate(flights):
             flight.landed = Landed(
                 sent.updates.take([row]),
@@ -279,6 +293,28 @@ class Asynchronous(Federation):
                 sent.events,
             )
         return gradients
+
+    def _sound(
+        self, flights: Sequence[Flight], cohort: Cohort, done: Done
+    ) -> tuple[Sequence[Flight], Cohort, Done]:
+        """What the guard leaves of some visits; those that it drops are lost.
+
+        Raises `WireError` when all clients have diverged, one after the other, and none arrived.
+        """
+        updates, good = self.path.sound(done.updates)
+        if good is None:
+            return flights, cohort, done
+        kept = as_it_was(done.kept, cohort.kept, good)
+        if len(updates) == len(flights):
+            return flights, cohort, replace(done, updates=updates, kept=kept)
+        for flight, fine in zip(flights, good.tolist(), strict=True):
+            flight.lost = not fine
+        self._diverged |= {flight.client for flight in flights if flight.lost}
+        if len(self._diverged) == len(self.ground.owned):
+            raise nothing_sound()
+        rows = np.flatnonzero(good)
+        done = replace(replace(done, kept=kept).take(rows), updates=updates)
+        return [flight for flight in flights if not flight.lost], cohort.take(rows), done
 
     # -- a mix --------------------------------------------------------------------------
 
@@ -294,10 +330,31 @@ class Asynchronous(Federation):
                 if name in shared
             }
             updates = updates.with_delta({**updates.delta, **moved})
+        return self._stepped(flights, updates, mix.weights)
+
+    def _renewed(self, renew: Renew) -> Report:
+        """Renew the cache and take its mean, as an upload of every entry's distance from now."""
+        now, everyone = self.state["shared"], np.arange(len(self.ground.owned))
+        if not self.cache.entries:
+            self.cache.put({k: now for k in everyone.tolist()})
+        picked = [self.waiting.pop(number) for number in renew.picked]
+        later = [self.waiting.pop(number) for number in renew.later]
+        self.cache.put({**{k: now for k in renew.reset}, **_models(picked, now)})
+        sizes = self.ground.owned.sizes(everyone).tolist()
+        metas = [Meta(k, self.round + 1, self.round, n) for k, n in enumerate(sizes)]
+        updates = Updates(delta=self.cache.from_now(now), meta=metas)
+        report = self._stepped(picked, updates, renew.weights)
+        self.cache.put(_models(later, now))
+        return report
+
+    def _stepped(
+        self, flights: Sequence[Flight], updates: Updates, given: Sequence[float]
+    ) -> Report:
+        """The server's step with these uploads and weights; `flights` brought what is new."""
         self.round += 1
         key = seeds.key(self.seed, "round", self.round)
         context = Context(self.round, key, {**self.extras, "down": flights[0].down})
-        weights = torch.tensor(mix.weights, dtype=torch.float64)
+        weights = torch.tensor(given, dtype=torch.float64)
         reduced, used = self.path.reduce(self.method, self.state, updates, context, weights)
         self.state = self.method.server(self.state, reduced, used.meta)
         losses = [f.landed.loss for f in flights if f.landed is not None]
@@ -327,6 +384,7 @@ class Asynchronous(Federation):
             ],
             "made": [version, [[slot, place(down), *size] for slot, (down, *size) in made.items()]],
         }
+        about["cache"], tensors["cache"] = self.cache.journal()
         tensors["downs"] = {str(i): down for i, down in enumerate(downs.values())}
         for name, flight in held.items():
             if flight.landed is not None:
@@ -338,6 +396,7 @@ class Asynchronous(Federation):
         super().take_up(about, tensors)
         self.events = [Event(*event) for event in about["events"]]
         self.scheduled, self.uploads, self.visits, self.begun = about["counts"]
+        self.cache.take_up(about["cache"], tensors.get("cache", {}))
         downs = tensors.get("downs", {})
         version, made = about["made"]
         self._downs = version, {slot: (downs[str(at)], *size) for slot, at, *size in made}
@@ -353,6 +412,15 @@ class Asynchronous(Federation):
                 self.flights[client] = flight
             else:
                 self.waiting[int(name[1:])] = flight
+
+
+def _models(flights: Sequence[Flight], like: Tree) -> dict[int, Tree]:
+    """The models that these visits ended with, by client: those of the tensors in `like`."""
+    return {
+        f.client: {name: f.down[name] + f.landed.updates.delta[name][0] for name in like}
+        for f in flights
+        if f.landed is not None
+    }
 
 
 def _about(flight: Flight) -> list[Any]:

@@ -24,7 +24,7 @@ from isthmus.contracts import Context, Meta, Updates
 from isthmus.errors import InputError
 from isthmus.federated.cohort import Cohort
 from isthmus.federated.mean import Mean
-from isthmus.federated.path import MEMORY
+from isthmus.federated.path import MEMORY, as_it_was
 from isthmus.federated.round import Federation, Report
 from isthmus.tree import Tree
 
@@ -70,16 +70,18 @@ class Gossip(Federation):
                 everyone.tolist(), sizes, done.steps.tolist(), strict=True
             )
         ]
+        updates, good = self.path.sound(done.updates)
+        if good is not None:
+            self._all_there(updates)
+            done.kept = as_it_was(done.kept, cohort.kept, good)
         origin = partial(self.method.origin, self.state, cohort.downs[0], self.round)
-        updates, events = self.path.protected(done.updates, cohort.keys, seeds.fold(key, 3), origin)
+        updates, events = self.path.protected(updates, cohort.keys, seeds.fold(key, 3), origin)
         start = self.state["peers"]
         trained = {name: start[name] + x for name, x in updates.delta.items()}
         held = {name: x for name, x in cohort.kept.items() if name.startswith(MEMORY)}
         models = updates.with_delta(trained)
         sent = self.path.crossed(models, {**done.kept, **held}, cohort.keys, events)
-        if len(sent.updates) < len(everyone):
-            gone = sorted(set(everyone.tolist()) - set(sent.updates.clients))
-            raise InputError("guard", f"peer {gone[0]} has diverged", "peers that all stay finite")
+        self._all_there(sent.updates)
         self.store.put(everyone, self.round, sent.kept)
         w = self._sent(w, sent.bytes, sent.values, finished, key)
         for event in sent.events:
@@ -97,6 +99,12 @@ class Gossip(Federation):
         clients = everyone.tolist()
         aux = {"consensus": consensus(peers)}
         return Report(self.round, self.now, loss, aux, clients, clients, {})
+
+    def _all_there(self, updates: Updates) -> None:
+        """Raise `InputError` where the guard has dropped a peer: without it, W is another one."""
+        gone = sorted(set(range(len(self.ground.owned))) - set(updates.clients))
+        if gone:
+            raise InputError("guard", f"peer {gone[0]} has diverged", "peers that all stay finite")
 
     def _sent(
         self, w: np.ndarray, sizes: np.ndarray, values: np.ndarray, finished: np.ndarray, key: int

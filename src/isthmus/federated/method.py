@@ -115,6 +115,8 @@ class Method:
     personal_download: ClassVar[bool] = False
     slices_download: ClassVar[bool] = True
     communicates: ClassVar[bool] = True
+    gathers: ClassVar[bool] = False
+    """The clients' items themselves are brought to the server, which trains alone."""
     sends_values: ClassVar[bool] = False
     product_space: ClassVar[bool] = False
     stacks: ClassVar[bool] = False

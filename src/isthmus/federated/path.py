@@ -1,6 +1,7 @@
 """The path of an upload, one order for every run.
 
-Client: attack -> clip -> local noise -> codec (error feedback inside it) -> bytes -> link.
+Client: finite guard -> attack -> clip -> local noise -> codec (error feedback inside it) -> bytes
+-> link.
 Server: decode -> finite guard -> clip again if noise is central -> selectors -> reducer ->
 central noise. What the server uses is what was decoded.
 """
@@ -130,6 +131,24 @@ class Path:
         updates, events = self.protected(updates, keys, key, origin)
         return self.crossed(updates, kept, keys, events)
 
+    def sound(self, updates: Updates) -> tuple[Updates, np.ndarray | None]:
+        """The guard at the client: what goes on, and whose work is finite (bool `[n]`; None: all).
+
+        It comes before the clip, which makes zeros of an upload that is not finite. Raises
+        `WireError` naming the first client that has diverged where the guard is to raise.
+        """
+        if self.guard == "raise" and self.clip is None:  # decoding raises
+            return updates, None
+        if all(_finite(x) for x in joined(updates).values()):
+            return updates, None
+        good = finite_rows(updates, len(updates)).numpy()
+        if self.guard == "raise":
+            client = updates.clients[int(np.flatnonzero(~good)[0])]
+            raise WireError("update", f"NaN or infinity from client {client}")
+        if self.guard == "drop":
+            return updates.take(np.flatnonzero(good).tolist()), good
+        return self._guarded(updates), good
+
     def protected(
         self, updates: Updates, keys: np.ndarray, key: int, origin: Callable[[], Tree] = dict
     ) -> tuple[Updates, list[dict[str, Any]]]:
@@ -155,7 +174,7 @@ class Path:
         self, updates: Updates, kept: Tree, keys: np.ndarray, events: list[dict[str, Any]]
     ) -> Sent:
         """Codec, bytes, decoding: what the far side has of these uploads."""
-        if self.guard == "raise" or is_plain(self.codec):
+        if self.guard == "raise":
             return self._cross(updates, kept, keys, events)
         return self._cross_sound(updates, kept, keys, events)
 
@@ -164,6 +183,8 @@ class Path:
     ) -> Sent:
         """`_cross` with the guard in front: NaN has no code, so it cannot be left to the server."""
         sound = self._guarded(updates)
+        if len(sound) == len(updates):
+            return self._cross(sound, kept, keys, events)
         rows = [updates.clients.index(client) for client in sound.clients]
         index = torch.tensor(rows)
         sent = self._cross(sound, {n: x[index] for n, x in kept.items()}, keys[rows], events)
@@ -295,7 +316,10 @@ class Path:
         `weights` `[n]` are those of a schedule that weighs uploads itself.
         """
         if self.guard != "raise":  # decoding has raised already
-            updates = self._guarded(updates)
+            sound = self._guarded(updates)
+            if weights is not None and len(sound) < len(updates):
+                weights = weights[finite_rows(updates, len(updates))]
+            updates = sound
         if weights is None:
             weights = method.weigh(updates.meta)
         if self.central is not None:
@@ -346,7 +370,7 @@ class Path:
             cleaned = {name: torch.nan_to_num(x, 0.0, 0.0, 0.0) for name, x in tensors.items()}
             return _with(updates, cleaned)
         if not good.any():
-            raise WireError("update", "NaN or infinity from every client")
+            raise nothing_sound()
         return updates.take(good.nonzero().flatten().tolist())
 
 
@@ -375,6 +399,21 @@ def finite_rows(updates: Updates, n: int) -> Tensor:
     """Which of n uploads hold neither NaN nor infinity: bool `[n]`."""
     rows = [x.reshape(n, -1) for x in joined(updates).values()]
     return torch.stack([torch.isfinite(x).all(1) for x in rows]).all(0)
+
+
+def nothing_sound() -> WireError:
+    """The error where all clients have diverged."""
+    return WireError("update", "NaN or infinity from every client")
+
+
+def as_it_was(after: Tree, before: Tree, good: np.ndarray) -> Tree:
+    """What clients keep, stacked: where `good` is False, what they had, but for the codec's memory
+    of what was really sent."""
+    index = torch.from_numpy(np.flatnonzero(~good))
+    return {
+        name: x if name.startswith(MEMORY) else x.index_copy(0, index, before[name][index])
+        for name, x in after.items()
+    }
 
 
 def joined(updates: Updates, parts: Sequence[str] = PARTS) -> Tree:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from isthmus.federated.cohort import Cohort, Done, Executor, Ground
 from isthmus.federated.fleet import Fleet
 from isthmus.federated.masked import Masked
 from isthmus.federated.method import Known, Method, State
-from isthmus.federated.path import MEMORY, Path, Sent
+from isthmus.federated.path import MEMORY, Path, Sent, as_it_was, nothing_sound
 from isthmus.federated.store import ClientStore
 from isthmus.learn.phase import Purpose
 from isthmus.tree import Tree
@@ -256,38 +256,50 @@ class Federation:
         key: int,
         began: float,
     ) -> Report:
-        """Carry the uploads up, reduce them and update the server."""
-        updates = done.updates
-        sizes = self.ground.owned.sizes(cohort.clients).tolist()
+        """Carry the uploads up, reduce them and update the server.
+
+        A client that has diverged keeps what it had, and sends nothing where the guard drops it.
+        """
+        updates, asked = done.updates, cohort.clients.tolist()
+        sizes = self.ground.owned.sizes(cohort.clients)
         ranks = cohort.ranks.tolist()
         updates.meta = [
             Meta(client, self.round, max(0, self.round - 1), size, int(steps), rank or None)
             for client, size, steps, rank in zip(
-                cohort.clients.tolist(), sizes, done.steps.tolist(), ranks, strict=True
+                asked, sizes.tolist(), done.steps.tolist(), ranks, strict=True
             )
         ]
         if self.schedule.needs_loss:
             losses = np.nan_to_num(done.loss.double().numpy()).tolist()  # a diverged one is guarded
             updates.meta = [m._replace(loss=x) for m, x in zip(updates.meta, losses, strict=True)]
-        share = np.array(sizes, dtype=np.float64) / max(sum(sizes), 1)
+        updates, good = self.path.sound(updates)
+        if good is not None:
+            done = replace(done, kept=as_it_was(done.kept, kept, good))
+            if not len(updates):
+                raise nothing_sound()
+            if len(updates) < len(cohort):
+                rows = np.flatnonzero(good)
+                cohort, done, kept = cohort.take(rows), done.take(rows), _rows(kept, good)
+                finished, sizes = finished[rows], sizes[rows]
+        share = sizes / max(sizes.sum(), 1)
         loss = float(done.loss.numpy() @ share)
         aux = {name: float(x.numpy() @ share) for name, x in done.aux.items()}
         left = {**done.kept, **{name: x for name, x in kept.items() if name.startswith(MEMORY)}}
-        clients = cohort.clients.tolist()
         if not self.method.communicates:
             self.store.put(cohort.clients, self.round, left)
             self.now = float(finished.max())
-            return Report(self.round, self.now, loss, aux, clients, clients, {})
+            return Report(self.round, self.now, loss, aux, asked, cohort.clients.tolist(), {})
         origin = partial(self.method.origin, self.state, cohort.downs[0], self.round)
         updates, events = self.path.protected(updates, cohort.keys, seeds.fold(key, 3), origin)
         if self.masked is not None:
             weights = self.masked.weights(self.method, updates.meta)
             updates = self.masked.hide(updates, weights, cohort.keys)
         sent = self.path.crossed(updates, left, cohort.keys, events)
-        return self._upload(cohort, sent, finished, loss, aux, key, began)
+        return self._upload(asked, cohort, sent, finished, loss, aux, key, began)
 
     def _upload(
         self,
+        asked: list[int],
         cohort: Cohort,
         sent: Sent,
         finished: np.ndarray,
@@ -340,8 +352,7 @@ class Federation:
         self.store.put(who, self.round, kept)
         if not len(arrived):
             return self._nobody(key)
-        clients = cohort.clients.tolist()
-        return self._mix(arrived, cohort.downs[0], clients, loss, aux, seeds.fold(key, 5))
+        return self._mix(arrived, cohort.downs[0], asked, loss, aux, seeds.fold(key, 5))
 
     def _mix(
         self,
@@ -388,22 +399,28 @@ class Federation:
         self.now = float(given.max())
 
     def _pass(
-        self, clients: np.ndarray, kind: str, size: int, way: Direction, now: np.ndarray, key: int
+        self,
+        clients: np.ndarray,
+        kind: str,
+        size: int | np.ndarray,
+        way: Direction,
+        now: np.ndarray,
+        key: int,
+        values: np.ndarray | None = None,
     ) -> np.ndarray:
         """A message of `size` bytes to or from each client, sent until it arrives; when it has."""
-        names = self.named(clients)
+        names, sizes = self.named(clients), np.broadcast_to(np.asarray(size), len(clients))
+        values = sizes if values is None else values
         done, left = now, np.arange(len(clients))
         while len(left):
-            some = self.link.send_many(
-                np.full(len(left), size), way, done[left], key=key, index=clients[left]
-            )
+            some = self.link.send_many(sizes[left], way, done[left], key=key, index=clients[left])
             mine = [names[i] for i in left.tolist()]
             some.enter(
                 self.ledger,
                 sender=mine if way == "up" else SERVER,
                 receiver=SERVER if way == "up" else mine,
                 kind=kind,
-                values=size,
+                values=values[left],
                 round=self.round,
                 sequence=clients[left],
             )

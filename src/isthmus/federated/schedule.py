@@ -30,6 +30,26 @@ class Mix(NamedTuple):
     from_now: bool = False
 
 
+class Renew(NamedTuple):
+    """Put models into the server's cache of one per client, and take their mean: w = sum_k p_k c_k.
+
+    `picked` are arrivals whose models become the entries of their clients, `reset` clients whose
+    entry becomes the present model, `later` arrivals that enter after the mean. Before its first,
+    an entry is the first model. `weights` are those of all clients.
+    """
+
+    picked: tuple[int, ...]
+    reset: tuple[int, ...]
+    later: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+class Stop(NamedTuple):
+    """What this client is at work on comes to nothing; the schedule is not told that it is lost."""
+
+    client: int
+
+
 class Wake(NamedTuple):
     """Call `woken(token)` at this time."""
 
@@ -48,11 +68,11 @@ class Arrival(NamedTuple):
     seconds: float
 
 
-Action = Start | Mix | Wake
+Action = Start | Stop | Mix | Renew | Wake
 
 
 class Schedule(Protocol):
-    """Answers events with actions, in order, with at most one `Mix` in an answer.
+    """Answers events with actions, in order, with at most one `Mix` or `Renew` in an answer.
 
     A `Start` takes effect after everything else that happens at the same time.
     """

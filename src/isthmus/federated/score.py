@@ -66,6 +66,8 @@ def recalibrated(fed: Federation, task: Task, tensors: Tree, clients: Iterable[i
 def personal(fed: Federation, moment: Moment = "mixed") -> bool:
     """True when clients predict with models of their own."""
     method = fed.method
+    if method.gathers:  # clients train nothing
+        return False
     return bool(moment == "trained" or method.names.local or fed.apart or method.phases("score"))
 
 

@@ -27,6 +27,7 @@ from isthmus.federated.gossip import Gossip
 from isthmus.federated.masked import Masked
 from isthmus.federated.method import Known, Local, Method, Names
 from isthmus.federated.path import MEMORY, Path, is_plain
+from isthmus.federated.pooled import Pooled
 from isthmus.federated.round import Federation
 from isthmus.federated.store import ClientStore
 from isthmus.learn.graph import Mode
@@ -119,7 +120,8 @@ def build(
     flops = _flops(stage, module, tensors, named, clients.train)
     ground = Ground(module, base, dict(clients.train.columns), Owned.of(clients.parts))
     ground.cost = _cost(method, ground, tensors, flops)
-    federation = ENGINES[schedule.kind](
+    engine = Pooled if method.gathers else ENGINES[schedule.kind]
+    federation = engine(
         method=method,
         ground=ground,
         path=path,
@@ -161,6 +163,7 @@ def _schedule(config: Config, task: Task, clients: Clients) -> Any:
         seed=config.seed,
         sampling=config.sampling,
         histograms=_histograms(task, clients),
+        sizes=[len(part) for part in clients.parts],
         rounds=config.rounds,
     )
     gone = {"sync": (), "async": ("sampling", "deadline"), "gossip": UNSERVED}[made.kind]
@@ -461,7 +464,9 @@ def _pieces(config: Config, method: Method, path: Path, schedule: Any) -> compat
         individual=config.mask is not None
         and (method.reads_meta or type(method).reduce is not Method.reduce),
         schedule=schedule.kind,
+        cache=getattr(schedule, "keeps_cache", False),
         backbone=getattr(method, "keeps_base", False),
+        gathers=method.gathers,
         server_half=_server_half(type(method)),
         executor=config.executor,
         weights="fixed" if path.central is not None else "examples",

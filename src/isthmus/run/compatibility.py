@@ -36,7 +36,8 @@ class Pieces:
     sends, covered, public: fields that go up, that the privacy mechanism noises, and that are
     declared public. running_statistics: batch statistics are among the buffers that go up.
     individual: the method's server half reads single uploads. backbone: it changes the frozen
-    weights that all clients share. server_half: its server does more than add a mean.
+    weights that all clients share. server_half: its server does more than add a mean. gathers: the
+    data themselves go up, once, and no upload after. cache: the schedule keeps a model per client.
     vectorise: the method can be.
     """
 
@@ -57,6 +58,8 @@ class Pieces:
     individual: bool = False
     backbone: bool = False
     server_half: bool = False
+    gathers: bool = False
+    cache: bool = False
     vectorise: bool = True
 
     def words(self) -> frozenset[str]:
@@ -77,6 +80,8 @@ class Pieces:
             ("method that changes the backbone", self.backbone),
             ("method with a server of its own", self.server_half),
             ("method that is not vectorised", not self.vectorise),
+            ("method that gathers the data", self.gathers),
+            ("schedule with a cache", self.cache),
             ("several codecs", len(self.codec) > 1),
         ):
             if there:
@@ -208,6 +213,12 @@ RULES: tuple[Rule, ...] = (
         False,
         "visits under way would stand on another backbone than they were sent",
     ),
+    Rule(
+        "schedule with a cache",
+        "method with a server of its own",
+        False,
+        "what is kept of a client is its model alone",
+    ),
     Rule("gossip schedule", "method with a server of its own", False, "there is no server"),
     Rule("gossip schedule", "stack reducer", False, "there is no server to keep uploads"),
     Rule("gossip schedule", "coordinate reducer", True, "each receiver runs it on what it got"),
@@ -216,6 +227,20 @@ RULES: tuple[Rule, ...] = (
         "stack reducer",
         False,
         "what is kept is measured from the model that a client would be sent now",
+    ),
+    # All data in one place: nothing is private, and there are no uploads.
+    *(
+        Rule(
+            "method that gathers the data", piece, False, "the data themselves cross, in the clear"
+        )
+        for piece in ("local noise", "central noise", "binomial codec", "mask")
+    ),
+    *(
+        Rule("method that gathers the data", piece, False, "there are no uploads of clients")
+        for piece in (
+            *("attack", "selector", "coordinate reducer"),
+            *("async schedule", "gossip schedule", "flower executor"),
+        )
     ),
     # How visits are executed.
     Rule("vectorised executor", "method that is not vectorised", False, "the method says why"),

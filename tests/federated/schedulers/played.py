@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from isthmus.federated.schedule import Action, Arrival, Mix, Start, Wake
+from isthmus.federated.schedule import Action, Arrival, Mix, Renew, Start, Stop, Wake
 
 
 class Mixed(NamedTuple):
@@ -17,6 +17,8 @@ class Mixed(NamedTuple):
     staleness: tuple[int, ...]
     steps: tuple[int | None, ...]
     weights: tuple[float, ...]
+    reset: tuple[int, ...] = ()
+    later: tuple[int, ...] = ()
 
 
 def play(
@@ -39,20 +41,31 @@ def play(
 
     def act(actions: list[Action], now: float) -> None:
         nonlocal version
-        assert sum(isinstance(a, Mix) for a in actions) <= 1
+        assert sum(isinstance(a, Mix | Renew) for a in actions) <= 1
         for action in actions:
             if isinstance(action, Start):
                 at(now, "start", action)
             elif isinstance(action, Wake):
                 assert action.at >= now
                 at(action.at, "wake", action.token)
+            elif isinstance(action, Stop):
+                busy.remove(action.client)
+                ended = [e for e in queue if e[2] == "end" and e[3][0].client == action.client]
+                assert len(ended) == 1
+                queue.remove(ended[0])
+                heapq.heapify(queue)
             else:
-                gone = [uploads[number] for number in action.arrivals]
-                assert not mixed & set(action.arrivals), "mixed twice"
-                mixed.update(action.arrivals)
+                renew = isinstance(action, Renew)
+                numbers = action.picked if renew else action.arrivals
+                others = action.later if renew else ()
+                gone = [uploads[number] for number in numbers]
+                assert not mixed & {*numbers, *others}, "mixed twice"
+                mixed.update(numbers, others)
                 ages = tuple(version - a.version for a in gone)
                 who, steps = tuple(a.client for a in gone), tuple(a.steps for a in gone)
-                out.append(Mixed(now, who, ages, steps, action.weights))
+                later = tuple(uploads[number].client for number in others)
+                reset = action.reset if renew else ()
+                out.append(Mixed(now, who, ages, steps, action.weights, reset, later))
                 version += 1
 
     busy: set[int] = set()

@@ -29,6 +29,8 @@ def check(reference: str) -> list[Line]:
     if ".py:" not in reference:
         methods, tasks = catalogue.names("method"), catalogue.names("task")
         known = {catalogue.key(name): name for name in (*methods, *tasks)}
+        if "+" in reference:  # a plug-in over another method
+            return method(reference)
         name = known.get(catalogue.key(reference))
         if name is None:
             raise unknown("name", reference, [*methods, *tasks, "path.py:name"])

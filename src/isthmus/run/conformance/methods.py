@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isthmus import catalogue, tree
+from isthmus import tree
 from isthmus.contracts import Updates
 from isthmus.federated.adapters.lora import LoraMethod
 from isthmus.federated.cohort import Cohort, Done, Executor, Ground
@@ -20,7 +20,7 @@ from isthmus.federated.method import Method
 from isthmus.federated.round import Federation
 from isthmus.federated.score import models_of
 from isthmus.models.bind import bind, tensors_of
-from isthmus.run.build import Built, build
+from isthmus.run.build import Built, build, method_of
 from isthmus.run.checkpoint import flat
 from isthmus.run.config import Config
 from isthmus.run.conformance.promise import Broken, Line, demand, said
@@ -80,14 +80,14 @@ Play = Callable[..., Played]
 def method(reference: str) -> list[Line]:
     """Play two rounds of four unlike clients on 600 digits, in several ways, and look.
 
-    `reference` is a method's name or `path.py:name`.
+    `reference` is a method's name, several joined by `+`, or `path.py:name`.
     """
 
     @cache
     def play(executor: str, seed: int = 0, again: bool = False) -> Played:
         return played(reference, executor, seed)
 
-    kind = catalogue.find("method", reference)
+    kind = method_of(reference)
     return [
         said("hooks take what they are called with", hooks, kind),
         said("every tensor has one role", names, play),
@@ -107,7 +107,7 @@ def played(reference: str, executor: str, seed: int) -> Played:
             "task": "digits",
             "model": "tiny",
             "method": reference,
-            "settings": lora if issubclass(catalogue.find("method", reference), LoraMethod) else {},
+            "settings": lora if issubclass(method_of(reference), LoraMethod) else {},
             "clients": CLIENTS,
             "partition": "dirichlet:0.5,minimum=20",
             "steps": 3,
@@ -144,7 +144,8 @@ def hooks(kind: type[Method]) -> str:
             inspect.signature(hook).bind(*given)
         except TypeError as error:
             raise Broken(f"{name}({', '.join(given)}): {error}") from None
-    theirs = [name for name in HOOKS if name in vars(kind)]
+    static = inspect.getattr_static
+    theirs = [name for name in HOOKS if static(kind, name) is not static(Method, name)]
     return f"overrides {', '.join(theirs)}" if theirs else "overrides none"
 
 
@@ -176,6 +177,10 @@ def uploads(play: Play) -> str:
     if not fed.method.communicates:
         demand(crossed == 0, f"{crossed} bytes went up, and the method says that nothing does")
         return "nothing crosses"
+    if fed.method.gathers:
+        other = fed.ledger.sums("bytes", by="kind", what="crossing").keys() - {"data"}
+        demand(crossed > 0 and not other, f"not only the data cross: {', '.join(sorted(other))}")
+        return f"{crossed:,} bytes of data, once"
     leaked = sorted(name for name in went if name.rpartition("/")[2] in private)
     demand(not leaked, f"{', '.join(leaked)}: went up and is not shared")
     demand(went, "nothing went up")
