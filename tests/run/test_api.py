@@ -220,3 +220,15 @@ def test_a_task_is_left_as_it_was() -> None:
     isthmus.train(task, "fedavg", **KEYS)
     assert tree.equal(tensors_of(task._model), before)  # type: ignore[attr-defined]
     assert any(isinstance(m, nn.Dropout) for m in task._model.modules())  # type: ignore[attr-defined]
+
+
+def test_what_is_recorded_has_one_number_of_clients() -> None:
+    """`auto` replays rounds of a fixed cohort, and not visits that come together as they happen."""
+    chosen = [
+        tiny.built("fedavg", tiny.task(), schedule=schedule, executor="auto", compile="auto").config
+        for schedule in ("sync", "fedbuff:k=2")
+    ]
+    assert [(c.executor, c.compile) for c in chosen] == [
+        ("vectorised", "trace"),
+        ("vectorised", "none"),
+    ]

@@ -92,11 +92,12 @@ def over_sequential(
 
 
 def asynchronous(turns: int = TURNS) -> list[Figure]:
-    """As many visits as clients under schedules in which every client has a time of its own."""
+    """As many visits as clients under schedules in which every client has a time of its own; as
+    `executor: auto` and `compile: auto` choose, beside the sequential executor."""
     out: list[Figure] = []
     for schedule in SCHEDULES:
-        keys = {"schedule": schedule, "speeds": "lognormal:0.5", "evaluate": 0}
-        feds = [federation("fedavg", way, **keys) for way in ("sequential", "eager")]
+        keys = {"schedule": schedule, "speeds": "lognormal:0.5"}
+        feds = [federation("fedavg", way, **keys) for way in ("sequential", "auto")]
         times = turns_of(turns, [visits(fed, CLIENTS) for fed in feds])
         ratio = median(times[0]) / median(times[1])
         out.append(Figure(f"{schedule}, pending visits together over one by one", ratio, "x"))

@@ -297,7 +297,9 @@ def _resolved(config: Config, stage: Stage, kind: type[Method], module: nn.Modul
     if compile == "auto":
         several = executor in ("vectorised", "ray")
         compile = "trace" if several and size <= SMALL else "none"
-        if issubclass(kind, LoraMethod):
+        # A recording is of one number of clients, which changes where pending visits come together.
+        changing = pieces.kind_of("schedule", config.schedule).kind == "async"
+        if issubclass(kind, LoraMethod) or changing:
             compile = "none"
     return config.model_copy(
         update={

@@ -19,7 +19,7 @@ def make(place: str, text: str, **more: Any) -> Any:
     naming an unknown piece or option, or a value that is no number or word.
     """
     name, _, rest = text.partition(":")
-    factory: Any = catalogue.find(place, name.strip())
+    factory = kind_of(place, text)
     takes = (
         {f.name for f in dataclasses.fields(factory) if f.init}
         if dataclasses.is_dataclass(factory)
@@ -37,3 +37,8 @@ def make(place: str, text: str, **more: Any) -> Any:
         return cast(Any, factory)(**options)
     except TypeError as error:
         raise InputError(place, text, f"{name} with {', '.join(sorted(takes))}") from error
+
+
+def kind_of(place: str, text: str) -> Any:
+    """What is registered in `place` under the name before the colon."""
+    return catalogue.find(place, text.partition(":")[0].strip())
