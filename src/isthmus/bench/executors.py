@@ -96,7 +96,7 @@ def asynchronous(turns: int = TURNS) -> list[Figure]:
     `executor: auto` and `compile: auto` choose, beside the sequential executor."""
     out: list[Figure] = []
     for schedule in SCHEDULES:
-        keys = {"schedule": schedule, "speeds": "lognormal:0.5"}
+        keys: dict[str, Any] = {"schedule": schedule, "speeds": "lognormal:0.5"}
         feds = [federation("fedavg", way, **keys) for way in ("sequential", "auto")]
         times = turns_of(turns, [visits(fed, CLIENTS) for fed in feds])
         ratio = median(times[0]) / median(times[1])
