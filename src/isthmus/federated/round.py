@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from isthmus import seeds
-from isthmus.contracts import Context, Meta, Updates
+from isthmus.contracts import Context, Updates
 from isthmus.errors import InputError
 from isthmus.federated.cohort import Cohort, Done, Executor, Ground
 from isthmus.federated.fleet import Fleet
@@ -261,16 +261,7 @@ class Federation:
         """Carry the uploads up, reduce them and update the server."""
         updates = done.updates
         sizes = self.ground.owned.sizes(cohort.clients).tolist()
-        ranks = cohort.ranks.tolist()
-        updates.meta = [
-            Meta(client, self.round, max(0, self.round - 1), size, int(steps), rank or None)
-            for client, size, steps, rank in zip(
-                cohort.clients.tolist(), sizes, done.steps.tolist(), ranks, strict=True
-            )
-        ]
-        if self.schedule.needs_loss:
-            losses = np.nan_to_num(done.loss.double().numpy()).tolist()  # a diverged one is guarded
-            updates.meta = [m._replace(loss=x) for m, x in zip(updates.meta, losses, strict=True)]
+        updates.meta = done.declared(cohort, sizes, self.schedule.needs_loss)
         share = np.array(sizes, dtype=np.float64) / max(sum(sizes), 1)
         loss = float(done.loss.numpy() @ share)
         aux = {name: float(x.numpy() @ share) for name, x in done.aux.items()}
@@ -280,6 +271,9 @@ class Federation:
             self.store.put(cohort.clients, self.round, left)
             self.now = float(finished.max())
             return Report(self.round, self.now, loss, aux, clients, clients, {})
+        if done.posted is not None:
+            sent = self.path.arrived(done.posted, updates.meta)
+            return self._upload(cohort, sent, finished, loss, aux, key, began)
         origin = partial(self.method.origin, self.state, cohort.downs[0], self.round)
         updates, events = self.path.protected(updates, cohort.keys, seeds.fold(key, 3), origin)
         if self.masked is not None:
