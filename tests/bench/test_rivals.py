@@ -55,7 +55,7 @@ def test_a_python_without_the_library_says_so(bare: pytest.MonkeyPatch, tmp_path
     np.savez(work, x=np.zeros(1))
     other = Other(rivals.command_of(FEDJAX, work), tmp_path / "log")
     try:
-        with pytest.raises(Absent, match="^ModuleNotFoundError: No module named 'fedjax'$"):
+        with pytest.raises(Absent, match=r"^ModuleNotFoundError: No module named 'fedjax'$"):
             other.play(1)
     finally:
         other.close()
