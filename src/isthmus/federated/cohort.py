@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from isthmus import tree
-from isthmus.contracts import Updates
+from isthmus.contracts import Meta, Updates
 from isthmus.federated.method import Data, Method
+from isthmus.federated.path import Posted
 from isthmus.learn.phase import Phase, Plan, Purpose, Visit
 from isthmus.learn.visit import batch_statistics
 from isthmus.tree import Tree
@@ -88,7 +89,11 @@ class Cohort:
 
 @dataclass
 class Done:
-    """What a cohort did: uploads before the path, what each keeps, and the work per client."""
+    """What a cohort did: uploads before the path, what each keeps, and the work per client.
+
+    Where the clients have walked their half of the path themselves, `updates` are empty and
+    `posted` holds what they sent.
+    """
 
     updates: Updates
     kept: Tree
@@ -97,6 +102,7 @@ class Done:
     steps: Tensor
     examples: Tensor
     gradients: Tensor
+    posted: Posted | None = None
 
     def take(self, rows: np.ndarray) -> Done:
         """The work of the clients in these rows."""
@@ -108,7 +114,23 @@ class Done:
         u = self.updates
         updates = Updates(pick(u.delta), pick(u.values), pick(u.buffers), pick(u.scalars))
         sums = (self.steps[index], self.examples[index], self.gradients[index])
-        return Done(updates, pick(self.kept), self.loss[index], pick(self.aux), *sums)
+        posted = None if self.posted is None else self.posted.take(rows)
+        return Done(updates, pick(self.kept), self.loss[index], pick(self.aux), *sums, posted)
+
+    def declared(self, cohort: Cohort, sizes: Sequence[int], needs_loss: bool) -> list[Meta]:
+        """What each client of the cohort says of its upload; its loss where that is asked for."""
+        rounds = np.broadcast_to(cohort.round, len(cohort)).tolist()
+        ranks = cohort.ranks.tolist()
+        meta = [
+            Meta(client, round, max(0, round - 1), size, int(steps), rank or None)
+            for client, round, size, steps, rank in zip(
+                cohort.clients.tolist(), rounds, sizes, self.steps.tolist(), ranks, strict=True
+            )
+        ]
+        if needs_loss:
+            losses = np.nan_to_num(self.loss.double().numpy()).tolist()  # a diverged one is guarded
+            meta = [m._replace(loss=x) for m, x in zip(meta, losses, strict=True)]
+        return meta
 
 
 @dataclass

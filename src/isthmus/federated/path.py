@@ -36,6 +36,7 @@ from isthmus.wire.errors import WireError
 from isthmus.wire.message import (
     Field,
     Message,
+    Parcel,
     Schema,
     TensorSpec,
     decode_many,
@@ -62,6 +63,30 @@ NOISED = ("delta", "values", "buffers")
 _MODEL, _UPDATE, _BASE = 1, 2, 3
 MEMORY = "memory/"
 """Prefix of the codec's error memory among what a client keeps."""
+
+
+class Coded(NamedTuple):
+    """Uploads of one shape as bytes, what it takes to read them, and the codec's memory after."""
+
+    parcel: Parcel
+    schema: Schema
+    template: Template
+    values: int
+    memory: Tree
+
+
+class Posted(NamedTuple):
+    """Uploads that their clients have coded: a message each, all of the shapes of `form`.
+
+    `form` has one row. An empty message stands for an upload that its client's guard has dropped.
+    """
+
+    messages: Sequence[bytes]
+    form: Updates
+
+    def take(self, rows: np.ndarray) -> Posted:
+        """Those of the given rows."""
+        return self._replace(messages=[self.messages[i] for i in rows.tolist()])
 
 
 class Sent(NamedTuple):
@@ -237,22 +262,28 @@ class Path:
         """The crossing of clients that send the same shapes."""
         whole = len(rows) == len(updates)
         some = updates if whole else updates.take(rows.tolist())
-        wide = some.values
+        index = torch.from_numpy(rows)
+        before = {} if self.feedback is None else _memory_of(kept, index)
+        coded = self._coded(some, before, keys[rows], rank)
+        back = self._decoded(coded, some, rank)
+        return back, coded.parcel.sizes, np.full(len(rows), coded.values), coded.memory
+
+    def _coded(self, some: Updates, memory: Tree, keys: np.ndarray, rank: int | None) -> Coded:
+        """Uploads of the same shapes as messages; `memory` is the codec's, from before."""
         if rank is not None:
-            some = replace(some, values=_sliced(wide, rank, self.axes))
+            some = replace(some, values=_sliced(some.values, rank, self.axes))
         tensors = joined(some)
-        memory: Tree = {}
-        plain = is_plain(self.codec)
-        own = torch.from_numpy(seeds.keys_of(keys[rows], _CODEC)) if not plain else None
-        if own is None:
-            payload = Payload(tensors, {}, len(rows))
-        elif self.feedback is None:
-            payload = self.codec.encode_many(tensors, own, declared=True)
+        after: Tree = {}
+        if is_plain(self.codec):
+            payload = Payload(tensors, {}, len(some))
         else:
-            index = torch.from_numpy(rows)
-            before = {n: kept[MEMORY + n][index] for n in tensors if MEMORY + n in kept}
-            payload, after = self.feedback.step_many(tensors, own, before, declared=True)
-            memory = {MEMORY + name: x for name, x in after.items()}
+            own = torch.from_numpy(seeds.keys_of(keys, _CODEC))
+            if self.feedback is None:
+                payload = self.codec.encode_many(tensors, own, declared=True)
+            else:
+                before = {n: memory[MEMORY + n] for n in tensors if MEMORY + n in memory}
+                payload, left = self.feedback.step_many(tensors, own, before, declared=True)
+                after = {MEMORY + name: x for name, x in left.items()}
         fields: dict[str, list[float]] = {
             "examples": [float(m.n_examples) for m in some.meta],
             "steps": [m.steps for m in some.meta],
@@ -266,15 +297,54 @@ class Path:
         parcel = encode_many(
             schema, fields, payload.tensors, session=_rounds(some.meta), sequence=clients
         )
-        _, arrived = decode_many(parcel, schema, finite=self.guard == "raise")
-        got = (
-            arrived if plain else self.codec.decode_many(Payload(arrived, {}, len(rows)), template)
-        )
+        return Coded(parcel, schema, template, values, after)
+
+    def _decoded(self, coded: Coded, like: Updates, rank: int | None) -> Updates:
+        """What the messages hold, with the declared scalars of `like` and its whole shapes."""
+        _, arrived = decode_many(coded.parcel, coded.schema, finite=self.guard == "raise")
+        if is_plain(self.codec):
+            got = arrived
+        else:
+            payload = Payload(arrived, {}, len(like))
+            got = self.codec.decode_many(payload, coded.template)
         parted = split(got)
         if rank is not None:
-            parted["values"] = _widened(parted["values"], wide)
-        back = Updates(**cast(Any, parted), meta=some.meta)
-        return back, parcel.sizes, np.full(len(rows), values), memory
+            parted["values"] = _widened(parted["values"], like.values)
+        return Updates(**cast(Any, parted), meta=like.meta)
+
+    # -- the two ends in different places -----------------------------------------------
+
+    def posted(self, update: Updates, kept: Tree, keys: np.ndarray) -> tuple[bytes, Tree]:
+        """The protected upload of one client as it leaves it, and what the client then keeps."""
+        ((rank, rows),) = _by_rank(update)
+        before = {} if self.feedback is None else _memory_of(kept, torch.from_numpy(rows))
+        coded = self._coded(update, before, keys, rank)
+        return bytes(coded.parcel[0]), {**kept, **coded.memory}
+
+    def arrived(self, posted: Posted, meta: Sequence[Meta]) -> Sent:
+        """What the server has of uploads that were coded where they were made.
+
+        They are read by the schema of `form`, not by what they say of themselves. An empty one is
+        of a client that the guard has dropped.
+        """
+        there = [i for i, message in enumerate(posted.messages) if message]
+        if not there:
+            raise nothing_sound()
+        rows = [self._read(posted.messages[i], posted.form, meta[i]) for i in there]
+        got = _concatenated([update for update, _ in rows], np.arange(len(rows)))
+        sizes = np.array([len(posted.messages[i]) for i in there])
+        # What noise spends follows from the mechanism alone, not from what it was added to.
+        none = np.zeros(0, np.int64)
+        events = [] if self.local is None else [self.local.local({}, none).event]
+        return Sent(got, sizes, np.array([values for _, values in rows]), {}, events)
+
+    def _read(self, message: bytes, form: Updates, meta: Meta) -> tuple[Updates, int]:
+        like = replace(form, meta=[meta])
+        ((rank, _),) = _by_rank(like)
+        coded = self._coded(like, {}, np.zeros(1, np.int64), rank)  # of zeros: for its schema
+        bytes_ = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        parcel = Parcel(bytes_, torch.tensor([0, len(message)]))
+        return self._decoded(coded._replace(parcel=parcel), like, rank), coded.values
 
     def pairs(self, changes: Tree) -> tuple[int, int]:
         """Bytes of the message that carries changes of the base, honest and of values alone.
@@ -386,6 +456,11 @@ def _rounds(meta: Sequence[Meta]) -> int | list[int]:
 def is_plain(codec: Codec) -> bool:
     """True when tensors are sent as they are, so that there is nothing to encode."""
     return isinstance(codec, Dense) and codec.format == "exact"
+
+
+def _memory_of(kept: Tree, rows: Tensor) -> Tree:
+    """The codec's error memory of some clients, of all that they keep."""
+    return {name: x[rows] for name, x in kept.items() if name.startswith(MEMORY)}
 
 
 def _finite(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from isthmus import seeds
-from isthmus.contracts import Context, Meta, Updates
+from isthmus.contracts import Context, Updates
 from isthmus.errors import InputError
 from isthmus.federated.cohort import Cohort, Done, Executor, Ground
 from isthmus.federated.fleet import Fleet
@@ -258,21 +258,13 @@ class Federation:
     ) -> Report:
         """Carry the uploads up, reduce them and update the server.
 
-        A client that has diverged keeps what it had, and sends nothing where the guard drops it.
+        A client that has diverged keeps what it had, and sends nothing where the guard drops it;
+        one that codes its uploads itself has seen to that.
         """
         updates, asked = done.updates, cohort.clients.tolist()
         sizes = self.ground.owned.sizes(cohort.clients)
-        ranks = cohort.ranks.tolist()
-        updates.meta = [
-            Meta(client, self.round, max(0, self.round - 1), size, int(steps), rank or None)
-            for client, size, steps, rank in zip(
-                asked, sizes.tolist(), done.steps.tolist(), ranks, strict=True
-            )
-        ]
-        if self.schedule.needs_loss:
-            losses = np.nan_to_num(done.loss.double().numpy()).tolist()  # a diverged one is guarded
-            updates.meta = [m._replace(loss=x) for m, x in zip(updates.meta, losses, strict=True)]
-        updates, good = self.path.sound(updates)
+        updates.meta = done.declared(cohort, sizes.tolist(), self.schedule.needs_loss)
+        updates, good = (updates, None) if done.posted is not None else self.path.sound(updates)
         if good is not None:
             done = replace(done, kept=as_it_was(done.kept, kept, good))
             if not len(updates):
@@ -289,6 +281,9 @@ class Federation:
             self.store.put(cohort.clients, self.round, left)
             self.now = float(finished.max())
             return Report(self.round, self.now, loss, aux, asked, cohort.clients.tolist(), {})
+        if done.posted is not None:
+            sent = self.path.arrived(done.posted, updates.meta)
+            return self._upload(asked, cohort, sent, finished, loss, aux, key, began)
         origin = partial(self.method.origin, self.state, cohort.downs[0], self.round)
         updates, events = self.path.protected(updates, cohort.keys, seeds.fold(key, 3), origin)
         if self.masked is not None:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from isthmus import catalogue
+from isthmus.contracts import Update
 from isthmus.errors import InputError, unknown
 from isthmus.federated.adapters.lora import LoraMethod
 from isthmus.federated.asynchronous import Asynchronous
@@ -380,8 +381,7 @@ def _memory(config: Config, method: Method, tensors: Tree, kept: Tree) -> Tree:
     if method.sends_values:
         allowed = f"false with method {config.method}, which sends factors and not changes"
         raise InputError("feedback", True, allowed)
-    visit, down, params, carry = _first_start(method, tensors, kept)
-    update, _ = method.finish(visit, params, down, carry, kept)
+    update = first_upload(method, tensors, kept)
     parts = {"delta": update.delta, "buffers": update.buffers, "scalars": update.scalars}
     return {
         f"{MEMORY}{part}/{name}": torch.zeros_like(x)
@@ -391,10 +391,19 @@ def _memory(config: Config, method: Method, tensors: Tree, kept: Tree) -> Tree:
     }
 
 
-def _first_start(method: Method, tensors: Tree, kept: Tree) -> tuple[Visit, Tree, Tree, Carry]:
+def first_upload(method: Method, tensors: Tree, kept: Tree, purpose: Purpose = "train") -> Update:
+    """What a client that has not trained would send: the names, types and shapes of an upload."""
+    visit, down, params, carry = _first_start(method, tensors, kept, purpose)
+    return method.finish(visit, params, down, carry, kept)[0]
+
+
+def _first_start(
+    method: Method, tensors: Tree, kept: Tree, purpose: Purpose = "train"
+) -> tuple[Visit, Tree, Tree, Carry]:
     """The first client's first visit, to learn from it what is sent and what a step costs."""
-    zero, one = torch.zeros((), dtype=torch.int64), torch.ones(())
-    visit = Visit(zero, zero, zero, zero, zero, one, one, one, purpose="train")
+    real = next((x.dtype for x in tensors.values() if x.is_floating_point()), torch.float32)
+    zero, one = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=real)
+    visit = Visit(zero, zero, zero, zero, zero, one, one, one, purpose=purpose)
     down = method.send(method.init(tensors), Known(0, 0, 0))
     return visit, down, *method.start(visit, down, kept)
 

@@ -4,8 +4,10 @@ Both halves build the same run from the same keys. The server's then asks the no
 and how many examples they have, holds no training data, and plays the rounds; a client's cuts the
 data to its own rows and runs one visit a message. What a client keeps stays in its node.
 
-What a client does to an upload between its visit and the link (clip, noise, codec, attack) is not
-part of its half yet, so configurations with these are refused rather than run as if it were.
+An upload goes its path in both places: clip, local noise, codec and error memory on the client,
+the rest on the server. Noise is drawn from the operating system unless the app's configuration
+says `noise-source = "seed"`: who knows the seed can take seeded noise away again, which is right
+for repeating a run and for nothing else. What cannot be done on real nodes is refused.
 """
 
 from __future__ import annotations
@@ -16,21 +18,26 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
-from isthmus.errors import InputError
+from isthmus.contracts import Updates
+from isthmus.errors import InputError, unknown
+from isthmus.federated.adapters.lora import LoraMethod
 from isthmus.federated.cohort import Ground, Owned
 from isthmus.federated.executors.flower import Deployed, Failed, roll
 from isthmus.federated.flower import ready
-from isthmus.federated.flower.visit import OnNode, client_app
+from isthmus.federated.flower.visit import Half, OnNode, client_app
 from isthmus.federated.method import Method
+from isthmus.federated.path import PARTS
+from isthmus.federated.path import Path as Route
 from isthmus.federated.score import personal, score
 from isthmus.federated.store import ClientStore
+from isthmus.models.bind import tensors_of
 from isthmus.run import api, saved
-from isthmus.run.build import Built, build, environment
+from isthmus.run.build import Built, build, environment, first_upload
 from isthmus.run.config import Config, assign
 from isthmus.run.folder import Folder
 from isthmus.tree import Tree
@@ -42,8 +49,11 @@ if TYPE_CHECKING:
 PATIENCE = 300
 """Seconds in which the nodes have to be there."""
 
-OUT = "out"
-"""The one key of an app's configuration that is not a key of a run: the new folder it writes."""
+OUT, SOURCE = "out", "noise-source"
+"""The keys of an app's configuration that are not keys of a run: the new folder it writes, and
+where privacy noise comes from."""
+
+SOURCES = ("system", "seed")
 
 
 def server_app() -> Any:
@@ -54,9 +64,9 @@ def server_app() -> Any:
     app = ServerApp()
 
     def main(grid: Any, context: Context) -> None:
-        keys = dict(context.run_config)
-        out = str(keys.pop(OUT, ""))
-        serve(grid, config_of(keys), Path(out) if out else None)
+        keys, source = _parted(context.run_config)
+        out = str(context.run_config.get(OUT, ""))
+        serve(grid, config_of(keys), Path(out) if out else None, source)
 
     app.main()(main)
     return app
@@ -68,15 +78,37 @@ def node_app() -> Any:
     ready()
 
     def site(context: Context) -> OnNode:
-        keys = {key: value for key, value in context.run_config.items() if key != OUT}
-        config, node = config_of(keys), context.node_config
+        (keys, source), node = _parted(context.run_config), context.node_config
+        config = config_of(keys)
         if "data-dir" in node:
             config = config.model_copy(update={"data_dir": Path(str(node["data-dir"]))})
-        method, ground, initial = _part(config.model_dump_json(), int(node["partition-id"]))
-        ground = replace(ground, base=dict(ground.base))  # a run changes its own
-        return OnNode(method, ground, initial, context.state)
+        part = _part(config.model_dump_json(), int(node["partition-id"]))
+        ground = replace(part.ground, base=dict(part.ground.base))  # a run changes its own
+        noised = part.half.path.local is not None
+        half = part.half._replace(path=_sourced(part.half.path, source))
+        once = noised and source == "system"
+        return OnNode(part.method, ground, part.initial, context.state, half, once)
 
     return client_app(site)
+
+
+def _parted(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The keys of a run, and where noise comes from."""
+    source = str(given.get(SOURCE, "")) or SOURCES[0]
+    if source not in SOURCES:
+        raise unknown(SOURCE, source, SOURCES)
+    return {key: value for key, value in given.items() if key not in (OUT, SOURCE)}, source
+
+
+def _sourced(path: Route, source: str) -> Route:
+    """The path with mechanisms that draw from the operating system, unless from the seed."""
+    if source == "seed":
+        return path
+    made = {
+        place: None if mechanism is None else replace(cast(Any, mechanism), real=True)
+        for place, mechanism in (("local", path.local), ("central", path.central))
+    }
+    return replace(path, **cast(Any, made))
 
 
 def config_of(keys: Mapping[str, Any]) -> Config:
@@ -93,9 +125,18 @@ def config_of(keys: Mapping[str, Any]) -> Config:
     return Config.make(assign({}, texts))
 
 
+class _Part(NamedTuple):
+    """A client's part of a run: `initial` is what a new client keeps."""
+
+    method: Method
+    ground: Ground
+    initial: Tree
+    half: Half
+
+
 @lru_cache(maxsize=8)
-def _part(text: str, client: int) -> tuple[Method, Ground, Tree]:
-    """The method, the ground cut to the client's own rows, and what a new client keeps."""
+def _part(text: str, client: int) -> _Part:
+    """The method, the ground cut to the client's own rows, and its half of the path."""
     config = Config.model_validate_json(text)
     if not 0 <= client < config.clients:
         raise InputError("partition-id", client, f"0 to {config.clients - 1} (the clients)")
@@ -106,11 +147,14 @@ def _part(text: str, client: int) -> tuple[Method, Ground, Tree]:
     columns = {name: x[rows] for name, x in fed.ground.columns.items()}
     owned = Owned(np.arange(len(rows)), np.concatenate([[0], np.cumsum(sizes)]))
     ground = replace(fed.ground, columns=columns, owned=owned)
-    return fed.method, ground, fed.store.initial
+    silent = config.privacy == "local" and "scalars" not in config.public
+    half = Half(fed.path, fed.state["shared"], fed.schedule.needs_loss, silent)
+    return _Part(fed.method, ground, fed.store.initial, half)
 
 
-def serve(grid: Any, config: Config, out: Path | None = None) -> Built:
-    """Play a run over the nodes of `grid`; `out` is a new folder for all that it writes.
+def serve(grid: Any, config: Config, out: Path | None = None, source: str = SOURCES[0]) -> Built:
+    """Play a run over the nodes of `grid`; `out` is a new folder for all that it writes, and
+    `source` where noise comes from.
 
     Raises `InputError` for what a deployment cannot do, `Failed` for nodes that fail.
     """
@@ -120,8 +164,10 @@ def serve(grid: Any, config: Config, out: Path | None = None) -> Built:
     try:
         built = build(config, ledger)
         _refuse(built)
+        built.federation.path = _sourced(built.federation.path, source)
+        noise = {"noise": source} if config.privacy != "none" else {}
         if folder is not None:
-            folder.begin(built.config, environment())
+            folder.begin(built.config, {**environment(), **noise})
         _deploy(built, grid)
         _play(built, folder)
         return built
@@ -132,20 +178,41 @@ def serve(grid: Any, config: Config, out: Path | None = None) -> Built:
 
 
 def _refuse(built: Built) -> None:
-    """Raise `InputError` for what is not built or would not be true on real nodes."""
-    config = built.config
+    """Raise `InputError` for what would not be true, or cannot be done, on real nodes."""
+    config, fed = built.config, built.federation
     for field, value, allowed in (
-        ("clip", config.clip, None),
-        ("privacy", config.privacy, "none"),
         ("attack", config.attack, None),
-        ("feedback", config.feedback, False),
-        ("codec", config.codec, "dense"),
+        ("mask", config.mask, None),
         ("download", config.download, "dense"),
     ):
         if value != allowed:
             raise InputError(field, value, f"{allowed} in a deployment (train simulates it)")
-    if built.federation.method.names.recalibrate:
+    if fed.schedule.kind != "sync":
+        raise InputError("schedule", config.schedule, "a synchronous one in a deployment")
+    from_state = type(fed.method).origin is LoraMethod.origin
+    sliced = from_state and fed.method.slices_download and len(set(fed.ranks.tolist())) > 1
+    if sliced and config.clip is not None:
+        # The norm is that of the change at the largest rank, of which a client holds its slice.
+        raise InputError("clip", config.clip, "none with unequal ranks in a deployment")
+    if fed.method.names.recalibrate:
         raise InputError("model", "one with batch statistics", "one without them in a deployment")
+
+
+def _forms(built: Built) -> dict[str, Updates]:
+    """The shape of an upload of each kind of visit: zeros, in one row."""
+    fed, tensors = built.federation, tensors_of(built.module)
+    made: dict[str, Updates] = {}
+    for purpose in ("train", "warm-up"):
+        if not fed.method.phases(purpose):
+            continue
+        update = first_upload(fed.method, tensors, fed.store.initial, purpose)
+        parts = {part: getattr(update, part) for part in PARTS}
+        rows = {
+            part: {name: torch.zeros_like(x).unsqueeze(0) for name, x in held.items()}
+            for part, held in parts.items()
+        }
+        made[purpose] = Updates(**cast(Any, rows))
+    return made
 
 
 class _Counted(ClientStore):
@@ -171,13 +238,13 @@ def _deploy(built: Built, grid: Any) -> None:
             raise Failed(f"fewer than {built.config.clients} nodes after {PATIENCE} seconds")
         time.sleep(0.5)
 
-    fed = built.federation
+    fed, forms = built.federation, _forms(built)
     nodes, sizes = roll(grid, built.config.clients, wait)
     starts = np.concatenate([[0], np.cumsum(sizes)])
     fed.ground = replace(fed.ground, columns={}, owned=Owned(np.zeros(0, np.int64), starts))
     counted = _Counted()
     fed.store = counted
-    fed.executor = Deployed(grid, nodes, counted.of, fed.ground.base)
+    fed.executor = Deployed(grid, nodes, counted.of, fed.ground.base, forms)
 
 
 def _play(built: Built, folder: Folder | None) -> None:

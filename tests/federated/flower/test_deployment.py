@@ -27,7 +27,17 @@ pytest.importorskip("flwr")
 psutil = pytest.importorskip("psutil")
 
 APP = Path(__file__).parents[3] / "examples" / "flower"
-KEYS: dict[str, Any] = {"method": "scaffold", "clients": 2, "rounds": 2, "seed": 4}
+KEYS: dict[str, Any] = {
+    "method": "scaffold",
+    "clients": 2,
+    "rounds": 2,
+    "seed": 4,
+    "codec": "int8",
+    "clip": 0.2,
+    "privacy": "local",
+    "noise": 0.01,
+    "public": "[examples]",
+}
 
 
 def certificates(folder: Path) -> None:
@@ -154,13 +164,16 @@ def test_a_deployment_with_tls_gives_the_bits_of_the_reference(tmp_path: Path) -
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert plain.returncode, f"the link talks without TLS: {plain.stdout}"
-        run = [str(bin / "flwr"), "run", str(app), "here", "--stream", "-c", f"{words} out='{out}'"]
+        run = [str(bin / "flwr"), "run", str(app), "here", "--stream", "-c"]
+        run.append(f"{words} noise-source='seed' out='{out}'")
         with started(run, tmp_path, environment) as streamed:
             streamed.wait(800)
         done = (out / "model").is_dir()
         said = "" if done else logs(tmp_path)
     assert done, said
-    config = Config.make({**KEYS, "task": "digits", "executor": "sequential"})
+    config = Config.make(
+        {**KEYS, "public": ("examples",), "task": "digits", "executor": "sequential"}
+    )
     fed = build(config, Ledger()).federation
     for _ in range(config.rounds):
         fed.step()
@@ -170,3 +183,4 @@ def test_a_deployment_with_tls_gives_the_bits_of_the_reference(tmp_path: Path) -
         assert torch.equal(model[name], x), name
     rows = [{**row, "id": 0} for row in Ledger.read(out / "ledger.jsonl").rows()]
     assert rows == [{**row, "id": 0} for row in fed.ledger.rows()]
+    assert sum("event" in row for row in rows) == KEYS["clients"] * KEYS["rounds"]

@@ -85,7 +85,8 @@ def deployed(keys: dict[str, Any], client: Any = None) -> Built:
     ended: list[Built] = []
 
     def server(grid: Any, context: Any) -> None:
-        ended.append(deployment.serve(grid, deployment.config_of(context.run_config)))
+        own, source = deployment._parted(context.run_config)
+        ended.append(deployment.serve(grid, deployment.config_of(own), source=source))
 
     node = deployment.node_app()
     play(server, client(node) if client else node, flat(keys), 3, Link(), Ledger())
@@ -116,7 +117,7 @@ def test_a_client_has_its_own_rows_only() -> None:
     config = deployment.config_of(flat(keys_of("scaffold")))
     items = tiny.task((9, 24, 14)).synthesise().train.columns["x"]
     for client, (start, stop) in enumerate(((0, 9), (9, 33), (33, 47))):
-        _, ground, _ = deployment._part(config.model_dump_json(), client)
+        ground = deployment._part(config.model_dump_json(), client).ground
         assert torch.equal(ground.columns["x"], items[start:stop])
         assert ground.owned.sizes(np.arange(3)).tolist() == [
             stop - start if i == client else 0 for i in range(3)
@@ -188,21 +189,27 @@ def test_nodes_that_are_not_the_clients() -> None:
         play(server, node, keys, 4, Link(), Ledger())
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("clip", 1.0),
-        ("codec", "int8"),
-        ("download", "int8"),
-        ("feedback", True),
-        ("attack", "sign-flip"),
-    ],
-)
-def test_what_a_client_does_not_do_is_refused(key: str, value: Any) -> None:
-    more = {"feedback": {"codec": "int8"}, "attack": {"attackers": 1}}.get(key, {})
+REFUSED: dict[str, dict[str, Any]] = {
+    "attack": {"attack": "sign-flip", "attackers": 1},
+    "mask": {"mask": "secagg", "clip": 1.0},
+    "download": {"download": "int8"},
+    "schedule": {"schedule": "fedasync"},
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_what_real_nodes_cannot_do_is_refused(field: str) -> None:
     with pytest.raises(InputError) as error:
-        deployed({**keys_of("fedavg"), key: value, **more})
-    assert error.value.field == key and "in a deployment" in str(error.value)
+        deployed({**keys_of("fedavg"), **REFUSED[field]})
+    assert error.value.field == field and "in a deployment" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bound_on_slices_of_unequal_rank_is_refused() -> None:
+    keys = keys_of("flexlora", ranks=(1, 2))
+    deployed({**keys, "rounds": 1})
+    with pytest.raises(InputError, match=r"clip: 0.5 given, allowed: none with unequal ranks"):
+        deployed({**keys, "clip": 0.5})
 
 
 def test_a_run_folder_is_left(tmp_path: Path) -> None:

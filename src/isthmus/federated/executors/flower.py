@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isthmus import tree
+from isthmus.contracts import Updates
 from isthmus.errors import InputError
 from isthmus.federated.cohort import Cohort, Done, Ground
 from isthmus.federated.executors.sequential import Sequential
@@ -70,6 +71,7 @@ class _Here:
 
     def __init__(self, method: Method, ground: Ground, held: dict[int, Tree]) -> None:
         self.method, self.ground, self.held = method, ground, held
+        self.half = None  # the federation walks the path for the whole cohort
 
     def kept(self, client: int, counted: int) -> Tree:
         return self.held[client]
@@ -80,17 +82,29 @@ class _Here:
     def rebase(self, base: Tree) -> None:
         """Nothing: the frozen tensors are the server's own."""
 
+    def given(self, data: bytes) -> bytes | None:
+        return None
+
+    def give(self, data: bytes, answer: bytes) -> None:
+        """Nothing: a visit is asked for once."""
+
 
 class Deployed:
-    """`nodes` gives the node of each client, `counted` the last round that counted for it.
+    """`nodes` gives the node of each client, `counted` the last round that counted for it, and
+    `forms` the shape of an upload by the purpose of its visit.
 
     Frozen tensors that the server has changed are sent to each client once.
     """
 
     def __init__(
-        self, grid: Any, nodes: Mapping[int, int], counted: Callable[[int], int], base: Tree
+        self,
+        grid: Any,
+        nodes: Mapping[int, int],
+        counted: Callable[[int], int],
+        base: Tree,
+        forms: Mapping[str, Updates],
     ) -> None:
-        self.grid, self.nodes, self.counted = grid, nodes, counted
+        self.grid, self.nodes, self.counted, self.forms = grid, nodes, counted, forms
         self.first = dict(base)
         self.held: dict[int, Tree] = {}
 
@@ -104,7 +118,7 @@ class Deployed:
             asked.append(ask(cohort, i, changed, self.counted(client)))
         answers = exchange(self.grid, [self.nodes[c] for c in clients], clients, asked)
         self.held.update(dict.fromkeys(clients, now))
-        return together(answers, [{} for _ in clients])
+        return together(answers, [{} for _ in clients], self.forms[cohort.purpose])
 
     def params(self, method: Method, ground: Ground, cohort: Cohort) -> Tree:
         """Raises `InputError`: what a client does before it predicts needs data that it keeps."""

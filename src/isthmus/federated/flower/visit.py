@@ -4,12 +4,19 @@ Both are messages of our own (see `isthmus.wire.message`), each in one entry of 
 so Flower carries bytes that it does not look into. What a client keeps never leaves it: the
 server says which of its visits counted (`counted`, a round), and the client takes up what it kept
 after that one.
+
+A site that has a `Half` walks the client's half of an upload's path itself (clip, local noise,
+codec and its error memory), and its answer holds the very bytes of the update's message.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,7 +27,7 @@ from isthmus.errors import InputError
 from isthmus.federated.cohort import Cohort, Done, Ground
 from isthmus.federated.executors.sequential import Sequential
 from isthmus.federated.method import Method
-from isthmus.federated.path import PARTS
+from isthmus.federated.path import MEMORY, PARTS, Path, Posted, as_it_was
 from isthmus.tree import Tree
 from isthmus.wire.message import Field, Message, Schema, decode, encode
 
@@ -54,24 +61,50 @@ ANSWER = Schema(
     {name: Field("f64") for name in ("loss", "steps", "examples", "gradients")} | {"order": ORDER},
     None,
 )
-"""Tensors of the upload (`delta/` ...) and `aux/`; its sequence is the client."""
+"""Tensors `aux/` and of the upload (`delta/` ...), or its message as bytes (`coded/bytes`); its
+sequence is the client."""
 
 KEPT = Schema("kept", 6, {"order": ORDER}, None)
 
 RECORD, ENTRY = "isthmus", "message"
+CODED = "coded"
+
+
+class Half(NamedTuple):
+    """The client's half of an upload's path.
+
+    `shared` are the tensors that the run begins with, `needs_loss` says that the server chooses
+    by losses, and `silent` that loss and figures stay with the client: noise covers the upload,
+    and what goes beside it in the clear would not be private.
+    """
+
+    path: Path
+    shared: Tree
+    needs_loss: bool = False
+    silent: bool = False
 
 
 class Site(Protocol):
-    """Where a visit happens: the method, the client's data, and what it keeps."""
+    """Where a visit happens: the method, the client's data, and what it keeps.
+
+    Without a `half` the upload is answered as it is, and who asked walks the whole path.
+    """
 
     method: Method
     ground: Ground
+
+    @property
+    def half(self) -> Half | None: ...
 
     def kept(self, client: int, counted: int) -> Tree: ...
 
     def keep(self, client: int, round: int, kept: Tree) -> None: ...
 
     def rebase(self, base: Tree) -> None: ...
+
+    def given(self, data: bytes) -> bytes | None: ...
+
+    def give(self, data: bytes, answer: bytes) -> None: ...
 
 
 def ask(cohort: Cohort, i: int, base: Tree, counted: int) -> bytes:
@@ -93,6 +126,8 @@ def ask(cohort: Cohort, i: int, base: Tree, counted: int) -> bytes:
 def answer(data: bytes, site: Site) -> bytes:
     """Run the visit that `data` asks for; raises `WireError` for bytes that are no visit."""
     asked, parts = _unpacked(data, VISIT, ("down", "base"))
+    if (given := site.given(data)) is not None:
+        return given
     field = cast(Any, asked.fields)
     client = field["client"]
     site.rebase(parts["base"])
@@ -108,26 +143,65 @@ def answer(data: bytes, site: Site) -> bytes:
         purpose=field["purpose"],
     )
     done = Sequential().run(site.method, site.ground, cohort)
-    site.keep(client, asked.session, tree.row(done.kept, 0))
+    kept, sent = tree.row(done.kept, 0), {part: getattr(done.updates, part) for part in PARTS}
+    sent = {part: tree.row(held, 0) for part, held in sent.items()}
+    if site.half is not None:
+        message, kept = _coded(site.half, site.method, site.ground, cohort, done)
+        sent = {CODED: {"bytes": torch.tensor(bytearray(message), dtype=torch.uint8)}}
+    site.keep(client, asked.session, kept)
     numbers = {name: float(getattr(done, name)[0]) for name in NUMBERS}
-    sent = {part: tree.row(getattr(done.updates, part), 0) for part in PARTS}
     sent["aux"] = tree.row(done.aux, 0)
-    return _packed(ANSWER, numbers, sent, asked.session, client)
+    if site.half is not None and site.half.silent:
+        numbers["loss"], sent["aux"] = math.nan, {}
+    packed = _packed(ANSWER, numbers, sent, asked.session, client)
+    site.give(data, packed)
+    return packed
+
+
+def _coded(
+    half: Half, method: Method, ground: Ground, cohort: Cohort, done: Done
+) -> tuple[bytes, Tree]:
+    """The upload of a cohort of one, clipped, noised and coded, and what the client then keeps.
+
+    It is empty where the guard drops it.
+    """
+    kept = {**done.kept, **{n: x for n, x in cohort.kept.items() if n.startswith(MEMORY)}}
+    if not method.communicates:
+        return b"", tree.row(kept, 0)
+    sizes = ground.owned.sizes(cohort.clients).tolist()
+    updates = replace(done.updates, meta=done.declared(cohort, sizes, half.needs_loss))
+    down = cohort.downs[0]
+    state = {"shared": {**half.shared, **down}}
+    origin = partial(method.origin, state, down, int(cohort.round))
+    updates, good = half.path.sound(updates)
+    if good is not None:
+        kept = as_it_was(kept, cohort.kept, good)
+    if not len(updates):
+        return b"", tree.row(kept, 0)
+    updates, _ = half.path.protected(updates, cohort.keys, 0, origin)
+    message, kept = half.path.posted(updates, kept, cohort.keys)
+    return message, tree.row(kept, 0)
 
 
 NUMBERS = ("loss", "steps", "examples", "gradients")
 
 
-def together(answers: Sequence[bytes], kept: Sequence[Tree]) -> Done:
-    """What a cohort did, from its answers in the order of its clients, as `Sequential` gives it."""
-    read = [_unpacked(data, ANSWER, (*PARTS, "aux")) for data in answers]
+def together(answers: Sequence[bytes], kept: Sequence[Tree], form: Updates | None = None) -> Done:
+    """What a cohort did, from its answers in the order of its clients, as `Sequential` gives it.
+
+    `form` is the shape of an upload, one row, where the clients have coded theirs.
+    """
+    read = [_unpacked(data, ANSWER, (*PARTS, CODED, "aux")) for data in answers]
     rows = [[cast(float, message.fields[name]) for name in NUMBERS] for message, _ in read]
     loss, steps, examples, gradients = torch.tensor(rows, dtype=torch.float64).T
     stacked = {part: tree.stack([parts[part] for _, parts in read]) for part in (*PARTS, "aux")}
     aux = stacked.pop("aux")
-    return Done(
-        Updates(**cast(Any, stacked)), tree.stack(kept), loss, aux, steps, examples, gradients
-    )
+    updates = Updates(**cast(Any, stacked))
+    done = Done(updates, tree.stack(kept), loss, aux, steps, examples, gradients)
+    if form is None:
+        return done
+    messages = [parts[CODED]["bytes"].numpy().tobytes() for _, parts in read]
+    return replace(done, posted=Posted(messages, form))
 
 
 def client_app(site: Callable[[Context], Site]) -> Any:
@@ -171,10 +245,21 @@ class OnNode:
 
     What a visit left is pending until the server says that the visit counted; until then the
     client goes on from what it had before. Raises `InputError` when what counted is not there.
+    With `once` an answer is kept as well, and given again to the same question: noise that is
+    drawn anew for one upload would cost its privacy twice.
     """
 
-    def __init__(self, method: Method, ground: Ground, initial: Tree, state: RecordDict) -> None:
+    def __init__(
+        self,
+        method: Method,
+        ground: Ground,
+        initial: Tree,
+        state: RecordDict,
+        half: Half,
+        once: bool = False,
+    ) -> None:
         self.method, self.ground, self.initial, self.state = method, ground, initial, state
+        self.half, self.once = half, once
         if (base := self._read("base")) is not None:
             self.ground.base.update(base[1])
 
@@ -198,6 +283,18 @@ class OnNode:
             held = self._read("base")
             self.ground.base.update(base)
             self._write("base", 0, {**(held[1] if held is not None else {}), **base})
+
+    def given(self, data: bytes) -> bytes | None:
+        held: Any = self.state.get(f"{RECORD}/given", {})
+        same = self.once and held.get("asked") == hashlib.sha256(data).digest()
+        return held[ENTRY] if same else None
+
+    def give(self, data: bytes, answer: bytes) -> None:
+        from flwr.app import ConfigRecord
+
+        if self.once:
+            record = ConfigRecord({"asked": hashlib.sha256(data).digest(), ENTRY: answer})
+            self.state[f"{RECORD}/given"] = record
 
     def _read(self, name: str) -> tuple[int, Tree] | None:
         record = cast(Mapping[str, Any], self.state.get(f"{RECORD}/{name}", {}))
