@@ -36,7 +36,7 @@ def command(
     """Measure; all tables without names. Figures are ratios within one run where they can be.
 
     Args:
-        names: Which tables: decode, directions, executors, federated, flower, rivals, serving, wire.
+        names: Which tables: decode, directions, executors, federated, flower, rivals, wire.
         json: Write {name, value, unit, goal, holds, note} of each to this file; `-` prints.
         threads: Threads of arithmetic, for what does not set its own.
     """
