@@ -9,6 +9,8 @@ import pytest
 from isthmus.bench import decode
 from isthmus.bench.figure import Figure
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Figure]:

@@ -36,6 +36,7 @@ def runs() -> dict[str, Served]:
     }
 
 
+@pytest.mark.slow
 def test_a_cut_after_drawing_is_found() -> None:
     """And no cut before drawing is."""
     settings = tk_slt.one(tk_slt.FEW)
@@ -91,6 +92,7 @@ def test_a_length_that_is_not_the_best_is_found(monkeypatch: pytest.MonkeyPatch)
     assert not tk_slt.table().holds
 
 
+@pytest.mark.slow
 def test_texts_equal_full_rows_and_only_those(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = prompts(2)
     assert dssd.same(texts).holds and tk_slt.same(texts).holds

@@ -239,7 +239,7 @@ def test_a_link_that_gives_up(small: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("method", EDGED)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3))])
 def test_loss_delay_repetition_and_disorder_never_change_a_token(
     small: tuple[Any, Any], method: str, seed: int
 ) -> None:

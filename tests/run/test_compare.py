@@ -107,12 +107,20 @@ def test_personal_methods_meet_fine_tuning(monkeypatch: pytest.MonkeyPatch) -> N
     assert titles == ["fedavg"]
 
 
-def test_a_real_one_side_by_side(tmp_path: Path) -> None:
-    """Two processes and one give the same table, as page and as CSV too."""
+def real(jobs: int, out: Path | None = None) -> tuple[list[str], module.Comparison]:
     keys: dict[str, Any] = {**TINY, "rounds": 2, "seeds": 1, "rates": (0.1,)}
     methods = ["fedavg", "fedavg@fedbuff:k=2"]
-    found = compare(methods, jobs=2, out=tmp_path / "runs", **keys)
-    assert compare(methods, jobs=1, **keys) == found
+    return methods, compare(methods, jobs=jobs, out=out, **keys)
+
+
+@pytest.mark.slow
+def test_side_by_side_is_one_after_the_other() -> None:
+    assert real(2) == real(1)
+
+
+def test_a_real_one(tmp_path: Path) -> None:
+    """Real runs, as page and as CSV too."""
+    methods, found = real(1, tmp_path / "runs")
     page = comparison.write_page(found, tmp_path / "c.html", "Methods").read_text()
     assert "fedavg@fedbuff:k=2" in page and "after the last round, never the best" in page
     rows = list(csv.DictReader(comparison.write_csv(found, tmp_path / "c.csv").open()))
