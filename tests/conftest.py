@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -10,3 +12,9 @@ settings.register_profile(
     "suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("suite")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays; the collector need not look at it again for every test."""
+    gc.collect()
+    gc.freeze()

@@ -64,8 +64,8 @@ def test_one_step_has_exactly_the_law_of_the_target(name: str, settings: dict[st
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("tk-slt", {"K": 4}),
         ("dssd", {"grid": "6"}),
+        pytest.param("tk-slt", {"K": 4}, marks=slow),
         pytest.param("cloud-only", {}, marks=slow),
         pytest.param("full-row", {}, marks=slow),
         pytest.param("tk-slt", {"K": 1}, marks=slow),

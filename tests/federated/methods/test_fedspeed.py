@@ -117,6 +117,7 @@ class ParticipantsOnly(FedSpeed):
         return {**state, "shared": tree.add(state["shared"], reduced.tensors)}
 
 
+@pytest.mark.slow
 def test_the_mean_of_all_duals_decides_with_few_participants() -> None:
     """Five of ten clients: no error with the mean over all, a wandering model without."""
     task, a, b = hand.quadratics()

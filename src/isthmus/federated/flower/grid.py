@@ -101,7 +101,7 @@ class Grid:
         """Send messages; their ids, which `pull_messages` takes. Unknown nodes are left out."""
         alike = isinstance(messages, list | tuple)
         with self._lock:
-            packed: dict[int, bytes] = {}
+            packed: dict[int, tuple[Any, int]] = {}
             asked: list[Message] = []
             parcels: list[Parcel] = []
             for message in messages:

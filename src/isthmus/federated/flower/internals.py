@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from flwr.app import Message
+    from flwr.app import Message, RecordDict
     from flwr.supercore.run import Run
 
 KNOWN = ("1.41",)
@@ -58,32 +59,30 @@ def run_of(run_id: int) -> Run:
 
 
 class Parcel(NamedTuple):
-    """A message in transit: its metadata, its content or error as bytes, and the bytes in all."""
+    """A message in transit: its metadata, its content or error as it was, and the bytes in all."""
 
     head: Any
-    body: bytes
-    failed: bool
+    held: Any
     size: int
 
 
-def pack(message: Message, packed: dict[int, bytes]) -> Parcel:
-    """A message as it would be sent.
+def pack(message: Message, packed: dict[int, tuple[Any, int]]) -> Parcel:
+    """A message as it would be sent; what happens to its content later does not reach the parcel.
 
     `packed` holds the contents that were packed already, by their identity.
     """
     from flwr.common.serde import recorddict_to_proto
     from flwr.common.serde_utils import error_to_proto, metadata_to_proto
 
-    failed = message.has_error()
-    if failed:
-        body = error_to_proto(message.error).SerializeToString()
+    if message.has_error():
+        held, length = message.error, error_to_proto(message.error).ByteSize()
+    elif (known := packed.get(id(message.content))) is not None:
+        held, length = known
     else:
-        body = packed.get(id(message.content), b"")
-        if not body:
-            body = recorddict_to_proto(message.content).SerializeToString()
-            packed[id(message.content)] = body
+        held, length = own(message.content), recorddict_to_proto(message.content).ByteSize()
+        packed[id(message.content)] = held, length
     head = metadata_to_proto(message.metadata)
-    return Parcel(head, body, failed, _framed(head.ByteSize()) + _framed(len(body)))
+    return Parcel(head, held, _framed(head.ByteSize()) + _framed(length))
 
 
 def _framed(length: int) -> int:
@@ -93,16 +92,31 @@ def _framed(length: int) -> int:
 
 def unpack(parcel: Parcel) -> Message:
     """The message that a parcel holds, of objects of its own."""
+    from flwr.app import RecordDict
     from flwr.app.message.message import make_message
-    from flwr.common.serde import recorddict_from_proto
-    from flwr.common.serde_utils import error_from_proto, metadata_from_proto
-    from flwr.proto.error_pb2 import Error
-    from flwr.proto.recorddict_pb2 import RecordDict
+    from flwr.common.serde_utils import metadata_from_proto
 
     metadata = metadata_from_proto(parcel.head)
-    if parcel.failed:
-        return make_message(metadata, error=error_from_proto(Error.FromString(parcel.body)))
-    return make_message(metadata, recorddict_from_proto(RecordDict.FromString(parcel.body)))
+    if isinstance(parcel.held, RecordDict):
+        return make_message(metadata, own(parcel.held))
+    return make_message(metadata, error=copy(parcel.held))
+
+
+def own(content: RecordDict) -> RecordDict:
+    """A content that shares only what cannot change, as if it had been sent and read again.
+
+    Flower's records check every entry that is put into them; these have been checked.
+    """
+    made = copy(content)
+    made.__dict__["_data"] = records = {}
+    for name, record in content.items():
+        records[name] = mine = copy(record)
+        entries: dict[str, Any] = record.__dict__["_data"]
+        mine.__dict__["_data"] = {
+            key: value if isinstance(value, int | float | str | bytes) else copy(value)
+            for key, value in entries.items()
+        }
+    return made
 
 
 def project(folder: Path) -> dict[str, Any]:
