@@ -68,14 +68,15 @@ def figures() -> list[Figure]:
 def over_sequential(
     names: list[str], turns: int = TURNS, ways: tuple[str, ...] = ("eager", "compiled")
 ) -> list[Figure]:
-    """Each method's ratios, then their median and the smallest; methods that cannot be
-    vectorised are named with the reason."""
+    """Each method's ratios, then their median and the smallest; methods that compute no cohort, or
+    not at once, are named with the reason."""
     cells: list[Figure] = []
     out: list[Figure] = []
     for name in names:
         kind = method_of(name)
-        if not kind.vectorise:
-            out.append(Figure(f"{name} is sequential: {kind.why_sequential}", 1.0, "x"))
+        if kind.gathers or not kind.vectorise:
+            why = "the server trains alone" if kind.gathers else kind.why_sequential
+            out.append(Figure(f"{name} is sequential: {why}", 1.0, "x"))
             continue
         feds = [federation(name, way) for way in ("sequential", *ways)]
         base, *times = [median(t) for t in turns_of(turns, [fed.step for fed in feds])]
