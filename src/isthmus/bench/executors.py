@@ -134,12 +134,20 @@ def convolution(turns: int = TURNS) -> Figure:
 def besides_training() -> list[Figure]:
     """The part of a round outside the recorded visits of its clients: messages, links, the
     ledger, plans, mixing."""
-    digits = federation("fedavg", "eager")
+    digits = {epochs: federation("fedavg", "eager", epochs=epochs) for epochs in (1, 5)}
     keys = {"task": "text", "method": "fedit", "clients": 8, "cohort": 8, "lr": 5e-3, "steps": 5}
     config = Config.make({**keys, "evaluate": 0, "executor": "vectorised"})
     text = build(config, Ledger()).federation
     return [
-        at_most(f"not training, digits, {CLIENTS} clients", outside(digits, 40), 0.25, "of 1"),
+        *(
+            at_most(
+                f"not training, digits, {CLIENTS} clients, {epochs} local epochs",
+                outside(fed, 40),
+                0.25,
+                "of 1",
+            )
+            for epochs, fed in digits.items()
+        ),
         at_most("not training, embedded language model with LoRA", outside(text, 2), 0.03, "of 1"),
     ]
 

@@ -93,11 +93,14 @@ class Federation:
         """What each of these clients would be sent now; one object where it is the same: for
         clients of one rank, unless every client has a model of its own."""
         ranks, versions = self.ranks[clients], self.versions[clients]
+        if not self.apart and (ranks == ranks[0]).all():
+            one = Known(int(clients[0]), int(ranks[0]), int(versions[0]))
+            return self.method.sends(self.state, [one]) * len(clients)
         slots = clients if self.apart else ranks
-        found, first, which = np.unique(slots, return_index=True, return_inverse=True)
+        _, first, which = np.unique(slots, return_index=True, return_inverse=True)
         known = [Known(int(clients[i]), int(ranks[i]), int(versions[i])) for i in first]
         made = self.method.sends(self.state, known)
-        return [made[0]] * len(clients) if len(found) == 1 else [made[i] for i in which]
+        return [made[i] for i in which]
 
     def step(self) -> Report:
         """Play one round; before the first one, the warm-up of a method that has one."""
