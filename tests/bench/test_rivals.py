@@ -26,8 +26,9 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         if rival.variable:
             monkeypatch.delenv(rival.variable, raising=False)
     find = importlib.util.find_spec
+    spec = {"ray": None, "flwr": find("json")}  # the one is here, the other not
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "ray" else find(name)
+        importlib.util, "find_spec", lambda name: spec[name] if name in spec else find(name)
     )
     return monkeypatch
 

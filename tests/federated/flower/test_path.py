@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests.federated import tiny
-from tests.federated.flower.test_executor import Flaky, deployed, flat, keys_of, reference
+from tests.federated.flower.halves import Flaky, deployed, flat, keys_of, reference
 
 from isthmus import tree
 from isthmus.errors import InputError
