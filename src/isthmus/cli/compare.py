@@ -59,7 +59,7 @@ def command(
 
     comparison.terminal(found, Console(file=sys.stdout))
     if out is not None:
-        task = given.get("task", Config.model_fields["task"].default)
+        task = Path(str(given.get("task", Config.model_fields["task"].default))).name
         print(comparison.write_csv(found, out / "comparison.csv"))
         print(comparison.write_page(found, out / "comparison.html", f"Methods on {task}"))
     return 0
