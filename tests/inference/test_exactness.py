@@ -184,7 +184,11 @@ MISTAKES: list[Mistake] = [
 ]
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+@pytest.mark.parametrize(
+    "mistake",
+    [*MISTAKES[::2], *(pytest.param(mistake, marks=slow) for mistake in MISTAKES[1::2])],
+    ids=lambda mistake: mistake.__name__,
+)
 def test_a_mistake_shows(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = mistake(monkeypatch)
     assert chi_square(subject.pairs(MISTAKEN, seed=1), subject.p) < 1e-6

@@ -115,7 +115,7 @@ def alone(draft: Any, text: list[int], count: int, key: int = KEY) -> list[int]:
 # ---------------------------------------------------------------- death
 
 
-@pytest.mark.parametrize("fallback", ["none", "device"])
+@pytest.mark.parametrize("fallback", [pytest.param("none", marks=pytest.mark.slow), "device"])
 @pytest.mark.parametrize("method", EDGED)
 def test_an_edge_that_dies_at_any_message(
     small: tuple[Any, Any], method: str, fallback: str
@@ -563,6 +563,7 @@ def test_an_opened_for_another_session_is_not_for_this_one(small: tuple[Any, Any
 # ---------------------------------------------------------------- nothing stays
 
 
+@pytest.mark.slow
 def test_a_thousand_sessions_leave_nothing(small: tuple[Any, Any]) -> None:
     stage = Stage(*small, [], limits=Limits(texts=64, each=4, idle=50.0))
     clock, threads = stage.clock, threading.active_count()

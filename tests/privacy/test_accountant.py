@@ -90,6 +90,7 @@ def test_sampling_without_replacement_is_bounded_by_no_sampling_and_needs_its_ad
         epsilon([gaussian(8.0, 1, 0.1, "replace-one")], 1e-5, "rdp")
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(
     sigma=st.floats(0.7, 6.0),

@@ -91,7 +91,7 @@ def stopped(config: Config, out: Path, after: int, task: Any = TASK) -> None:
 
 @pytest.mark.parametrize("name", catalogue.names("method"))
 def test_every_method_resumes(name: str, tmp_path: Path) -> None:
-    config = configured(name, method=name, rounds=3, checkpoint=2)
+    config = configured(name, method=name, rounds=3, checkpoint=2, epochs=1)
     api.start(config, tmp_path / "whole", task=TASK)
     stopped(config, tmp_path / "cut", 3)
     assert (tmp_path / "cut/ledger.jsonl").stat().st_size > 0
