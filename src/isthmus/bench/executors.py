@@ -12,7 +12,6 @@ million registered clients.
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,14 +27,14 @@ import torch
 from torch import nn
 
 from isthmus import catalogue
-from isthmus.bench.federated import BATCH, CLIENTS, LR, WideDigits
+from isthmus.bench.federated import BATCH, CLIENTS, LR, Crowd, WideDigits, peak
 from isthmus.bench.figure import Figure, at_least, at_most, turns_of
 from isthmus.federated.adapters.lora import LoraMethod
 from isthmus.learn.graph import Graphs
 from isthmus.models.nets import cnn
 from isthmus.run.build import build, method_of
 from isthmus.run.config import Config
-from isthmus.tasks.contract import Items, Size, Task
+from isthmus.tasks.contract import Size, Task
 from isthmus.wire.ledger import Ledger
 
 TURNS = 5
@@ -43,6 +42,7 @@ WAYS = {
     "sequential": {"executor": "sequential", "compile": "none"},
     "eager": {"executor": "vectorised", "compile": "trace"},
     "compiled": {"executor": "vectorised", "compile": "compile"},
+    "auto": {},
 }
 GOALS = {"eager": 5, "compiled": 8}
 TABLE = f"Rounds a second over the sequential executor's, {CLIENTS} clients"
@@ -107,8 +107,8 @@ def asynchronous(turns: int = TURNS) -> list[Figure]:
 
 def visits(fed: Any, number: int) -> Callable[[], None]:
     def play() -> None:
-        until = len(fed.ledger) + 2 * number  # a row down and a row up
-        while len(fed.ledger) < until:
+        until = fed.uploads + number
+        while fed.uploads < until:
             fed.step()
 
     return play
@@ -215,15 +215,6 @@ def _alone(registered: int) -> tuple[float, float, float]:
 def crowd(registered: int, rounds: int = 40) -> tuple[float, float, float]:
     """Median seconds of a round, and the peak memory in GiB after ten rounds and at the end."""
     torch.set_num_threads(1)
-    task = WideDigits()
-    few = task.synthesise(0).train
-    rows = torch.arange(registered) % len(few)
-    many = Items({name: x[rows] for name, x in few.columns.items()})
-
-    class Crowd(WideDigits):
-        def synthesise(self, seed: int = 0, size: Size = "small") -> Any:
-            return super().synthesise(seed, size)._replace(train=many)
-
     keys = {"method": "scaffold", "clients": registered, "cohort": COHORT, "batch": BATCH}
     config = Config.make({**keys, "lr": LR, "evaluate": 0, "executor": "vectorised"})
     times: list[float] = []
@@ -231,7 +222,7 @@ def crowd(registered: int, rounds: int = 40) -> tuple[float, float, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ledger = Ledger(folder / "ledger.jsonl")
-        fed = build(config, ledger, folder / "clients.bin", Crowd()).federation
+        fed = build(config, ledger, folder / "clients.bin", Crowd(registered)).federation
         for _ in range(rounds):
             start = time.perf_counter()
             fed.step()
@@ -240,21 +231,9 @@ def crowd(registered: int, rounds: int = 40) -> tuple[float, float, float]:
     return float(np.median(times[1:])), peaks[9], peaks[-1]
 
 
-def peak() -> float:
-    """The most memory that this process had, in GiB.
-
-    As the kernel counts it since the program began; `getrusage` also counts who started it.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return float(line.split()[1]) / 2**20
-
-
 def federation(name: str, way: str, task: Task | None = None, **more: Any) -> Any:
     keys: dict[str, Any] = {"method": name, "clients": CLIENTS, "cohort": CLIENTS, "batch": BATCH}
-    keys |= {"lr": LR, "epochs": 1, "evaluate": 0, **WAYS.get(way, {}), **more}
+    keys |= {"lr": LR, "epochs": 1, "evaluate": 0, **WAYS[way], **more}
     if issubclass(method_of(name), LoraMethod):
         keys["settings"] = {"targets": ("features.0", "head")}
     return build(Config.make(keys), Ledger(), task=task or WideDigits()).federation

@@ -24,7 +24,7 @@ from isthmus.bench.figure import Figure
 from isthmus.models.nets import mlp
 from isthmus.run.build import build
 from isthmus.run.config import Config
-from isthmus.tasks.contract import Items, Size
+from isthmus.tasks.contract import Items, Size, Splits
 from isthmus.tasks.digits import Digits
 from isthmus.wire.ledger import Ledger
 
@@ -37,6 +37,19 @@ class WideDigits(Digits):
 
     def build(self, size: Size = "small", seed: int = 0) -> nn.Module:
         return mlp([64, 128, 10], seed=seed)
+
+
+class Crowd(WideDigits):
+    """The same pictures over and over, until there are `items` of them to train on."""
+
+    def __init__(self, items: int) -> None:
+        self.items = items
+
+    def synthesise(self, seed: int = 0, size: Size = "small") -> Splits:
+        splits = super().synthesise(seed, size)
+        rows = torch.arange(self.items) % len(splits.train)
+        columns = {name: x[rows] for name, x in splits.train.columns.items()}
+        return splits._replace(train=Items(columns))
 
 
 def bare_loop(items: Items, parts: list[np.ndarray]) -> Callable[[int], None]:
@@ -142,25 +155,24 @@ def _measure(compiled: bool) -> list[Figure]:
 def _memory(folder: Path) -> Figure:
     """Resident memory with 100,000 registered clients and SCAFFOLD's state on disk."""
     registered, rounds = 100_000, 20
-    task = WideDigits()
-    items = task.synthesise(0).train
-    many = Items(
-        {
-            n: x.repeat(-(-registered * 2 // len(items)), *[1] * (x.dim() - 1))
-            for n, x in items.columns.items()
-        }
-    )
-
-    class Crowd(WideDigits):
-        def synthesise(self, seed: int = 0, size: Size = "small") -> Any:
-            return super().synthesise(seed, size)._replace(train=many)
-
     keys = {"method": "scaffold", "clients": registered, "cohort": 100, "batch": BATCH, "lr": LR}
     config = Config.make({**keys, "evaluate": 0})
     ledger = Ledger(folder / "crowd.jsonl")
-    fed = build(config, ledger, folder / "crowd.bin", Crowd()).federation
+    fed = build(config, ledger, folder / "crowd.bin", Crowd(2 * registered)).federation
     for _ in range(rounds):
         fed.step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    most = peak()
     title = f"peak memory, {registered:,} clients, scaffold, cohort 100, {rounds} rounds"
-    return Figure(title, peak, "GiB", "at most 3 GB", peak * 2**30 <= 3e9)
+    return Figure(title, most, "GiB", "at most 3 GB", most * 2**30 <= 3e9)
+
+
+def peak() -> float:
+    """The most memory that this process had, in GiB.
+
+    As the kernel counts it since the program began; `getrusage` also counts who started it.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return float(line.split()[1]) / 2**20

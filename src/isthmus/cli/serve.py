@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from isthmus import __version__
 from isthmus.cli.serving import few_threads, optional, token_of
 from isthmus.errors import InputError, need
+
+if TYPE_CHECKING:
+    from isthmus.inference.server.service import Service
 
 
 def command(
@@ -59,8 +62,7 @@ def command(
         if role == "edge":
             _edge(model, edge, host, port, secret)
         else:
-            uvicorn = need("uvicorn", "serve")
-            from isthmus.inference.server.app import make_app
+            uvicorn = need("uvicorn", "serve")  # said before a model is loaded
             from isthmus.inference.server.service import Service
             from isthmus.run.saved import language_of
 
@@ -71,19 +73,25 @@ def command(
                 method=method or ("cloud-only" if small is None else "dssd"), link=link,
                 device=device, edge=edge, fallback=fallback, at_once=at_once,
             )  # fmt: skip
-            app = make_app(service, secret, __version__)
-            with _listening(host, 8000 if port is None else port) as sock:
-                config = uvicorn.Config(
-                    app, log_level="warning", timeout_graceful_shutdown=2, server_header=False
-                )
-                at = _shown(*sock.getsockname()[:2])
-                print(
-                    f"{service.name} at http://{at} by {service.method} over {link}; Ctrl-C stops"
-                )
-                print(f"OpenAI's API: http://{at}/v1, counters: http://{at}/metrics", flush=True)
-                uvicorn.Server(config).run(sockets=[sock])
+            _whole(uvicorn, service, host, port, secret)
     print("stopped")
     return 0
+
+
+def _whole(uvicorn: Any, service: Service, host: str, port: int | None, secret: str | None) -> None:
+    from isthmus.inference.server.app import make_app
+
+    app = make_app(service, secret, __version__)
+    with _listening(host, 8000 if port is None else port) as sock:
+        config = uvicorn.Config(
+            app, log_level="warning", timeout_graceful_shutdown=2, server_header=False
+        )
+        at = _shown(*sock.getsockname()[:2])
+        print(
+            f"{service.name} at http://{at} by {service.method} over {service.link}; Ctrl-C stops"
+        )
+        print(f"OpenAI's API: http://{at}/v1, counters: http://{at}/metrics", flush=True)
+        uvicorn.Server(config).run(sockets=[sock])
 
 
 def _edge(model: str, device: str, host: str, port: int | None, secret: str | None) -> None:

@@ -140,22 +140,6 @@ class Path:
 
     # -- up -----------------------------------------------------------------------------
 
-    def up(
-        self,
-        updates: Updates,
-        kept: Tree,
-        keys: np.ndarray,
-        key: int,
-        origin: Callable[[], Tree] = dict,
-    ) -> Sent:
-        """Everything that happens to the uploads of a cohort until the server has decoded them.
-
-        `kept` is what the clients keep, stacked; the codec's memory is added to it. `origin()`
-        gives the tensors from which `values` are measured where a change is bounded or noised.
-        """
-        updates, events = self.protected(updates, keys, key, origin)
-        return self.crossed(updates, kept, keys, events)
-
     def sound(self, updates: Updates) -> tuple[Updates, np.ndarray | None]:
         """The guard at the client: what goes on, and whose work is finite (bool `[n]`; None: all).
 
@@ -177,7 +161,11 @@ class Path:
     def protected(
         self, updates: Updates, keys: np.ndarray, key: int, origin: Callable[[], Tree] = dict
     ) -> tuple[Updates, list[dict[str, Any]]]:
-        """Clip and local noise, and the attack, which skips both; the events for the ledger."""
+        """Clip and local noise, and the attack, which skips both; the events for the ledger.
+
+        `origin()` gives the tensors from which `values` are measured where a change is bounded or
+        noised.
+        """
         honest = updates
         events: list[dict[str, Any]] = []
         if self.clip is not None:
@@ -198,7 +186,10 @@ class Path:
     def crossed(
         self, updates: Updates, kept: Tree, keys: np.ndarray, events: list[dict[str, Any]]
     ) -> Sent:
-        """Codec, bytes, decoding: what the far side has of these uploads."""
+        """Codec, bytes, decoding: what the far side has of these uploads.
+
+        `kept` is what the clients keep, stacked; the codec's memory is added to it.
+        """
         if self.guard == "raise":
             return self._cross(updates, kept, keys, events)
         return self._cross_sound(updates, kept, keys, events)

@@ -523,19 +523,19 @@ def _cost(
     least = 2 if ground.exact else 1  # one item has no variance
     _, _, params, carry = _first_start(method, tensors, method.keep(tensors))
     cost: dict[str, tuple[float, float]] = {}
-    for purpose in get_args(Purpose):
-        for phase in method.phases(purpose):
-            counted: list[int] = []
-            for size in (least, least + 1):
-                index = torch.zeros(1, size, dtype=torch.int64)
-                plan = Plan(index, torch.ones(1, size, dtype=ground.dtype))
-                step = partial(
-                    sequential, phase, ground.module, ground.base, params, carry, ground.columns,
-                    plan, 0, torch.tensor(1e-3, dtype=ground.dtype),
-                )  # fmt: skip
-                counted.append(count_flops(step))
-            example = counted[1] - counted[0]
-            cost[phase.name] = (counted[0] - least * example) / flops, example / flops
+    phases = {phase.name: phase for word in get_args(Purpose) for phase in method.phases(word)}
+    for name, phase in phases.items():
+        counted: list[int] = []
+        for size in (least, least + 1):
+            index = torch.zeros(1, size, dtype=torch.int64)
+            plan = Plan(index, torch.ones(1, size, dtype=ground.dtype))
+            step = partial(
+                sequential, phase, ground.module, ground.base, params, carry, ground.columns,
+                plan, 0, torch.tensor(1e-3, dtype=ground.dtype),
+            )  # fmt: skip
+            counted.append(count_flops(step))
+        example = counted[1] - counted[0]
+        cost[name] = (counted[0] - least * example) / flops, example / flops
     return cost
 
 

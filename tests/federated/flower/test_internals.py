@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 from importlib.metadata import version
 
 import pytest
@@ -74,3 +75,31 @@ def test_a_message_counts_the_bytes_that_flower_would_send() -> None:
             parcel = internals.pack(failed, {})
             assert parcel.size == message_to_proto(failed).ByteSize()
             assert internals.unpack(parcel).error == failed.error
+
+
+def test_what_is_taken_out_of_a_parcel_is_nobody_elses() -> None:
+    """Lists and arrays can change in place; a change reaches neither the sender nor another."""
+    import numpy as np
+    from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+    with internals.identity(3):
+        record: Any = RecordDict(
+            {
+                "a": ArrayRecord([np.arange(3.0)]),
+                "c": ConfigRecord({"k": [1, 2]}),
+                "m": MetricRecord({"x": [0.5]}),
+            }
+        )
+        message = Message(record, 5, "train")
+        parcel = internals.pack(message, {})
+        record["c"]["k"].append(3)
+        one: Any = internals.unpack(parcel).content
+        two: Any = internals.unpack(parcel).content
+        assert one["c"]["k"] == [1, 2]
+        one["c"]["k"].append(9)
+        one["m"]["x"][0] = 7.0
+        one["a"]["0"].data = b"other"
+        one["c"]["new"] = 1
+        assert dict(two["c"]) == {"k": [1, 2]} and two["m"]["x"] == [0.5]
+        for content in (two, record):
+            assert content["a"]["0"].numpy().tolist() == [0.0, 1.0, 2.0]
