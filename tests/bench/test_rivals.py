@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from isthmus.bench import rivals
-from isthmus.bench.federated import CLIENTS, LR, _federation
+from isthmus.bench.federated import CLIENTS, LR, fedavg_on_digits
 from isthmus.bench.rivals import RIVALS, Absent, Other, Played
 
 PFL, FEDJAX, FLOWER = RIVALS
@@ -81,7 +81,7 @@ def test_ratios_are_of_blocks_taken_in_turns() -> None:
 
 
 def test_the_work_is_what_our_clients_have(tmp_path: Path) -> None:
-    fed = _federation(10, "none", tmp_path)
+    fed = fedavg_on_digits(10, "none", tmp_path)
     rivals.write(tmp_path / "work.npz", fed)
     work = np.load(tmp_path / "work.npz")
     assert len(work["starts"]) == CLIENTS + 1
@@ -106,7 +106,7 @@ def test_flowers_client_takes_one_epoch(tmp_path: Path) -> None:
 
     ready()
     path = tmp_path / "work.npz"
-    fed = _federation(10, "none", tmp_path)
+    fed = fedavg_on_digits(10, "none", tmp_path)
     rivals.write(path, fed, batch=50)
     fed.ledger.close()
     work = {n: torch.as_tensor(x) for n, x in np.load(path).items()}
@@ -144,7 +144,7 @@ def moved(work: Any) -> float:
 
 
 def test_our_round_is_the_step_of_the_mean_gradient(tmp_path: Path) -> None:
-    fed = _federation(CLIENTS, "none", tmp_path, batch=0)
+    fed = fedavg_on_digits(CLIENTS, "none", tmp_path, batch=0)
     rivals.write(tmp_path / "work.npz", fed)
     played = rivals.ours(fed, tmp_path / "work.npz")(1)
     fed.ledger.close()
@@ -156,7 +156,7 @@ def test_our_round_is_the_step_of_the_mean_gradient(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rival", RIVALS, ids=lambda r: r.program)
 def test_a_rivals_round_is_the_step_of_the_mean_gradient(rival: Any, tmp_path: Path) -> None:
     """With all clients and whole batches (12 items each) nothing is left to chance."""
-    fed, path = _federation(CLIENTS, "none", tmp_path), tmp_path / "work.npz"
+    fed, path = fedavg_on_digits(CLIENTS, "none", tmp_path), tmp_path / "work.npz"
     fed.ledger.close()
     rivals.write(path, fed, cohort=CLIENTS, batch=12)
     work = dict(np.load(path))

@@ -80,7 +80,7 @@ def bare_loop(items: Items, parts: list[np.ndarray]) -> Callable[[int], None]:
     return round
 
 
-def _federation(cohort: int, compile: str, folder: Path, **more: Any) -> Any:
+def fedavg_on_digits(cohort: int, compile: str, folder: Path, **more: Any) -> Any:
     ledger = Ledger(folder / f"ledger-{cohort}-{compile}.jsonl")
     keys = {
         "method": "fedavg",
@@ -132,7 +132,7 @@ def _measure(compiled: bool) -> list[Figure]:
         folder = Path(name)
         for cohort in (10, 100):
             modes = {k: v for k, v in MODES.items() if compiled or k == "eager"}
-            feds = {mode: _federation(cohort, how, folder) for mode, how in modes.items()}
+            feds = {mode: fedavg_on_digits(cohort, how, folder) for mode, how in modes.items()}
             ground = feds["eager"].ground
             items = Items(dict(ground.columns))
             loop = bare_loop(items, [ground.owned.rows(i) for i in range(CLIENTS)])

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from isthmus.bench import elsewhere
-from isthmus.bench.federated import BATCH, CLIENTS, LR, WideDigits, _federation
+from isthmus.bench.federated import BATCH, CLIENTS, LR, WideDigits, fedavg_on_digits
 from isthmus.bench.figure import Figure, at_least, ratio
 
 COHORT = 10
@@ -187,7 +187,7 @@ def figures(compile: str = "compile") -> list[Figure]:
 
 
 def _measure(folder: Path, compile: str, stack: ExitStack) -> list[Figure]:
-    federation, work = _federation(COHORT, compile, folder), folder / "work.npz"
+    federation, work = fedavg_on_digits(COHORT, compile, folder), folder / "work.npz"
     stack.callback(federation.ledger.close)
     write(work, federation)
     own = ours(federation, work)

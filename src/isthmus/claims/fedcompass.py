@@ -56,7 +56,6 @@ KEYS: dict[str, Any] = {
 THREE: dict[str, Any] = {
     "clients": 3, "partition": "iid", "schedule": "fedcompass:qmin=20,qmax=100,f=1.2",
     "speeds": "1,2,4", "batch": 1, "lr": 0.01, "link": "ideal",
-    "compile": "none",
 }  # fmt: skip
 """Single items, so that every step takes a device the same time."""
 BY_HAND = (
@@ -91,9 +90,7 @@ def span(seed: int) -> float:
 
 def curve(schedule: str, seed: int, seconds: float) -> list[float]:
     """Test accuracy of the server's model at `POINTS` equal steps of virtual time."""
-    # the sizes of FedCompass's cohorts change all the time: recording each would take longer
-    how = "none" if schedule.startswith("fedcompass") else "auto"
-    run = built({**KEYS, "schedule": schedule, "seed": seed, "compile": how})
+    run = built({**KEYS, "schedule": schedule, "seed": seed})
     fed, task, seen = run.federation, run.task, []
     times = np.linspace(0, seconds, POINTS + 1)[1:]
     while len(seen) < POINTS:

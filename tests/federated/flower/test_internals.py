@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 

@@ -44,7 +44,7 @@ class Settings(Stages):
     lam_k: float = Field(0.0, ge=0.0)
 
 
-@catalogue.register("ewc", place="method", status="verified")
+@catalogue.register("ewc", place="method", status="reconstructed")
 class EWC(FedMobile):
     """Overrides S (w* and F of the former stage), F (a pass that takes F), B, L and U."""
 

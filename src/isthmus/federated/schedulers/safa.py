@@ -29,7 +29,7 @@ from isthmus.errors import InputError
 from isthmus.federated.schedule import Action, Arrival, Renew, Start, Stop, Wake
 
 
-@catalogue.register("safa", place="schedule", status="verified")
+@catalogue.register("safa", place="schedule", status="reconstructed")
 @dataclass
 class Safa:
     """c: share of the clients that ends a round; tau: lag that is tolerated, in rounds; limit:
