@@ -13,14 +13,15 @@ from tests.federated import tiny
 from torch import Tensor
 
 from isthmus import tree
-from isthmus.contracts import Context, OutsideThreatModel, ThreatModel, Updates, View
+from isthmus.contracts import Context, Meta, OutsideThreatModel, ThreatModel, Updates, View
 from isthmus.defenses.krum import krum
-from isthmus.defenses.median import median
+from isthmus.defenses.median import Median, median
 from isthmus.errors import InputError
 from isthmus.federated import path as module
 from isthmus.federated.cohort import Cohort, Done, Ground
 from isthmus.federated.executors.sequential import Sequential
 from isthmus.federated.method import Method
+from isthmus.federated.path import Path
 from isthmus.federated.round import Federation
 from isthmus.privacy.clip import norms
 from isthmus.tree import Tree
@@ -403,6 +404,55 @@ def test_guards(codec: str, value: float) -> None:
     if codec == "dense":
         rest = [0, 2, 3]
         assert torch.equal(got[rest], watch.seen[0].delta["head.bias"][2][rest])
+
+
+@pytest.mark.parametrize("part", ["delta", "values", "buffers", "scalars"])
+@pytest.mark.parametrize("weights", [(0.5, 0.3, 0.2), (0.5, 0.5, 0.0), (1.0, 2.0, 3.0)])
+def test_a_mean_shows_what_its_uploads_hold(part: str, weights: tuple[float, ...]) -> None:
+    """The search may be left to the mean: the same error; a weight of nothing hides nothing."""
+    method = tiny.federation("fedavg", TASK).method
+    meta = [Meta(i, 1, 0, 1.0) for i in range(3)]
+    path, given = Path(late=True), torch.tensor(weights, dtype=torch.float64)
+    for bad in (np.nan, np.inf, -np.inf):
+        held = {"a": torch.randn(3, 4), "b": torch.randn(3)}
+        updates = Updates(**{part: held}, meta=meta)
+        path.reduce(method, {}, updates, Context(1, 0), given)
+        held["b"][2] = bad
+        with pytest.raises(WireError, match=f"{part}/b: holds NaN or infinity"):
+            path.reduce(method, {}, updates, Context(1, 0), given)
+        replace(path, late=False).reduce(method, {}, updates, Context(1, 0), given)
+
+
+def test_a_mean_that_overflows_by_itself_accuses_nobody() -> None:
+    method = tiny.federation("fedavg", TASK).method
+    most = torch.finfo(torch.float32).max
+    updates = Updates({"a": torch.full((2, 3), most)}, meta=[Meta(i, 1, 0, 1.0) for i in (0, 1)])
+    one = torch.ones(2, dtype=torch.float64)
+    reduced, _ = Path(late=True).reduce(method, {}, updates, Context(1, 0), one)
+    assert bool(torch.isinf(reduced.tensors["a"]).all())
+
+
+def test_only_a_plain_mean_is_trusted_to_show_nan() -> None:
+    late = {"fedavg": {}, "fedprox": {}, "scaffold": {"codec": "int8"}}
+    for name, keys in late.items():
+        assert tiny.federation(name, TASK, **keys).path.late
+    exact: list[tuple[str, dict[str, Any]]] = [
+        ("fedavg", {"guard": "drop"}),
+        ("fedavg", {"reducer": "median"}),
+        ("fedavg", {"selector": "krum:f=1"}),
+        ("fedavg", {"schedule": "fedasync"}),
+        ("fedit", {}),
+    ]
+    for name, keys in exact:
+        assert not tiny.federation(name, TASK, **keys).path.late
+
+    def sicken(updates: Updates, clients: list[int]) -> None:
+        updates.delta["head.bias"][2] = np.inf
+
+    fed, _, _ = watched(change=sicken)
+    fed.method.reducer = Median()  # which would hide it
+    with pytest.raises(WireError, match=r"head\.bias: holds NaN or infinity"):
+        fed.step()
 
 
 def test_a_round_of_nothing_but_nan() -> None:

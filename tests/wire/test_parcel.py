@@ -123,6 +123,70 @@ def test_decoding_many_agrees_with_decoding_each(cohort, layout: str, data) -> N
     assert trees.equal(tensors, trees.stack([dict(m.tensors) for m in each]) if stacked else {})
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    cohorts(("u8", "u32", "f64")).filter(lambda c: c[3] > 0),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.integers(0, 3),
+    st.data(),
+)
+def test_tensors_that_are_lent_are_not_copied(cohort, layout: str, dtype, gap: int, data) -> None:
+    """The same bytes and sizes, read without a copy; and checked like any others."""
+    _, columns, stacked, n = cohort
+    flat = {name: x.to(dtype).reshape(n, -1) for name, x in stacked.items()}
+    width = sum(x.shape[1] for x in flat.values())
+    matrix = torch.full((n, width + gap), 7.0, dtype=dtype)
+    tensors, at = {}, 0
+    for name, x in flat.items():
+        matrix[:, at : at + x.shape[1]] = x
+        tensors[name] = matrix[:, at : at + x.shape[1]].view(stacked[name].shape)
+        at += x.shape[1]
+    specs = {name: TensorSpec(dtype, tuple(x.shape[1:])) for name, x in tensors.items()}
+    schema = Schema("h", 9, {name: Field("f64") for name in columns}, specs)
+    columns = {name: list(map(float, values)) for name, values in columns.items()}
+    parcel = encode_many(schema, columns, tensors, layout, sequence=range(n), lend=True)
+    copied = encode_many(schema, columns, tensors, layout, sequence=range(n))
+    assert [bytes(parcel[i]) for i in range(n)] == [bytes(copied[i]) for i in range(n)]
+    assert parcel.sizes.tolist() == copied.sizes.tolist()
+    if layout == "described" and tensors and all(x.numel() for x in tensors.values()):
+        assert parcel.lent is not None  # compact heads may end between two entries
+    fields, got = decode_many(parcel, schema)
+    assert fields == columns and trees.equal(got, tensors)
+    if parcel.lent is not None:
+        assert all(got[name].data_ptr() == x.data_ptr() for name, x in tensors.items() if x.numel())
+        narrow = Parcel(parcel.buffer, parcel.offsets, parcel.lent[:, :-1])
+        other = Parcel(parcel.buffer, parcel.offsets, parcel.lent.to(torch.bfloat16))
+        for wrong in (narrow, other):
+            with pytest.raises(WireError):
+                decode_many(wrong, schema)
+    heads = parcel.buffer.clone()
+    if len(heads):
+        heads[data.draw(st.integers(0, len(heads) - 1))] ^= data.draw(st.integers(1, 255))
+    broken = Parcel(heads, parcel.offsets, parcel.lent)
+    try:
+        each = [decode(broken[i], schema) for i in range(n)]
+    except WireError:
+        with pytest.raises(WireError):
+            decode_many(broken, schema)
+        return
+    fields, got = decode_many(broken, schema)
+    assert repr(fields) == repr({name: [m.fields[name] for m in each] for name in schema.fields})
+    assert trees.equal(got, trees.stack([dict(m.tensors) for m in each]) if tensors else {})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bad_number_that_is_lent_is_refused(layout: str) -> None:
+    schema = Schema("k", 1, {}, {"w": TensorSpec(torch.float32, (2,))})
+    matrix = torch.zeros(3, 4)
+    matrix[:, 2:] = math.nan  # not sent
+    x = {"w": matrix[:, :2]}
+    decode_many(encode_many(schema, {}, x, layout, lend=True), schema)
+    matrix[1, 1] = math.inf
+    with pytest.raises(WireError, match=r"^w: "):
+        decode_many(encode_many(schema, {}, x, layout, lend=True), schema)
+
+
 TREE = {"w": torch.zeros(3, 2), "b": torch.zeros(5)}
 SCHEMA = Schema.of_tree("update", 2, {"n": Field("u32", low=1), "loss": Field("f32")}, TREE)
 COLUMNS = {"n": [3, 1, 4], "loss": [0.5, 0.25, 1.5]}
@@ -256,8 +320,8 @@ def test_open_sizes_that_differ_between_messages_cannot_be_stacked() -> None:
 
 def test_remembered_heads_keep_values_apart_that_are_equal_but_written_unlike() -> None:
     schema = Schema("k", 1, {"a": Field("f64"), "b": Field("u8")}, {})
-    for a in ([0.0, -0.0, 1.0], [-0.0, 0.0, 1.0], [1.0, 1.0, 0.0]):
-        for _ in range(2):
+    for a in ([0.0, -0.0, 1.0], [-0.0, 0.0, 1.0], [1.0, 1.0, 0.0], [2.0, 3.0, 1.0]):
+        for _ in range(3):
             parcel = encode_many(
                 schema, {"a": a, "b": [0, 1, 1]}, {}, session=4, sequence=[0, 1, 2]
             )
@@ -266,6 +330,23 @@ def test_remembered_heads_keep_values_apart_that_are_equal_but_written_unlike() 
                 assert bytes(parcel[i]) == encode(message, schema)
             got, _ = decode_many(parcel, schema)
             assert [math.copysign(1, x) for x in got["a"]] == [math.copysign(1, x) for x in a]
+
+
+def test_what_a_cohort_said_is_remembered_by_value() -> None:
+    """Also where the caller changes its lists, the ones it was given, or the session."""
+    schema = Schema("k", 1, {"a": Field("u8")}, {})
+    a, sequence = [1, 2, 3], [7, 8, 9]
+    for round in range(4):
+        parcel = encode_many(schema, {"a": a}, {}, session=round, sequence=sequence)
+        got, _ = decode_many(parcel, schema)
+        assert got == {"a": a}
+        got["a"][0] = 99
+        for i in range(3):
+            message = Message("k", {"a": a[i]}, {}, round, sequence[i])
+            assert bytes(parcel[i]) == encode(message, schema)
+    a[1] = 200
+    parcel = encode_many(schema, {"a": a}, {}, session=4, sequence=sequence)
+    assert decode_many(parcel, schema)[0] == {"a": [1, 200, 3]}
 
 
 def test_more_heads_than_are_remembered() -> None:

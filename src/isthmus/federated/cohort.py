@@ -119,18 +119,21 @@ class Done:
 
     def declared(self, cohort: Cohort, sizes: Sequence[int], needs_loss: bool) -> list[Meta]:
         """What each client of the cohort says of its upload; its loss where that is asked for."""
-        rounds = np.broadcast_to(cohort.round, len(cohort)).tolist()
-        ranks = cohort.ranks.tolist()
-        meta = [
-            Meta(client, round, max(0, round - 1), size, int(steps), rank or None)
-            for client, round, size, steps, rank in zip(
-                cohort.clients.tolist(), rounds, sizes, self.steps.tolist(), ranks, strict=True
-            )
-        ]
+        n, round = len(cohort), cohort.round
+        rounds = [round] * n if isinstance(round, int) else round.tolist()
+        losses: list[float | None] = [None] * n
         if needs_loss:
             losses = np.nan_to_num(self.loss.double().numpy()).tolist()  # a diverged one is guarded
-            meta = [m._replace(loss=x) for m, x in zip(meta, losses, strict=True)]
-        return meta
+        columns = (
+            cohort.clients.tolist(),
+            rounds,
+            [max(0, round - 1) for round in rounds],
+            sizes,
+            self.steps.numpy().astype(np.int64).tolist(),
+            [rank or None for rank in cohort.ranks.tolist()],
+            losses,
+        )
+        return list(map(Meta._make, zip(*columns, strict=True)))
 
 
 @dataclass

@@ -8,6 +8,7 @@ central noise. What the server uses is what was decoded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, cast
@@ -28,6 +29,7 @@ from isthmus.contracts import (
     View,
 )
 from isthmus.errors import InputError
+from isthmus.federated.mean import Mean
 from isthmus.federated.method import Method, State
 from isthmus.tree import Tree
 from isthmus.wire.codecs import Codec, Dense, ErrorFeedback, Payload
@@ -39,6 +41,7 @@ from isthmus.wire.message import (
     Parcel,
     Schema,
     TensorSpec,
+    check_finite,
     decode_many,
     encode,
     encode_many,
@@ -101,7 +104,10 @@ class Sent(NamedTuple):
 
 @dataclass
 class Path:
-    """The pieces between `finish` and `server`; each may be left out."""
+    """The pieces between `finish` and `server`; each may be left out.
+
+    With `late`, the search for NaN in uploads is left to `reduce`, which sees it in their mean.
+    """
 
     codec: Codec = field(default_factory=Dense)
     feedback: ErrorFeedback | None = None
@@ -114,6 +120,7 @@ class Path:
     guard: Guard = "raise"
     download: Codec = field(default_factory=Dense)
     axes: Axes = field(default_factory=dict)
+    late: bool = False
     _schemas: dict[Any, tuple[Schema, Template, int]] = field(default_factory=dict)
 
     # -- down ---------------------------------------------------------------------------
@@ -275,24 +282,26 @@ class Path:
                 before = {n: memory[MEMORY + n] for n in tensors if MEMORY + n in memory}
                 payload, left = self.feedback.step_many(tensors, own, before, declared=True)
                 after = {MEMORY + name: x for name, x in left.items()}
+        clients, rounds, _, examples, steps, _, losses = zip(*some.meta, strict=True)
         fields: dict[str, list[float]] = {
-            "examples": [float(m.n_examples) for m in some.meta],
-            "steps": [m.steps for m in some.meta],
+            "examples": list(map(float, examples)),
+            "steps": list(steps),
         }
         if rank is not None:
-            fields["rank"] = [rank] * len(some.meta)
-        if some.meta[0].loss is not None:  # a selection of clients asks for it
-            fields["loss"] = [m.loss or 0.0 for m in some.meta]
+            fields["rank"] = [rank] * len(some)
+        if losses[0] is not None:  # a selection of clients asks for it
+            fields["loss"] = [loss or 0.0 for loss in losses]
         schema, template, values = self._schema("update", _UPDATE, fields, tensors, payload.tensors)
-        clients = [m.client for m in some.meta]
+        session = rounds[0] if rounds.count(rounds[0]) == len(some) else list(rounds)
         parcel = encode_many(
-            schema, fields, payload.tensors, session=_rounds(some.meta), sequence=clients
+            schema, fields, payload.tensors, session=session, sequence=list(clients), lend=True
         )
         return Coded(parcel, schema, template, values, after)
 
     def _decoded(self, coded: Coded, like: Updates, rank: int | None) -> Updates:
         """What the messages hold, with the declared scalars of `like` and its whole shapes."""
-        _, arrived = decode_many(coded.parcel, coded.schema, finite=self.guard == "raise")
+        finite = self.guard == "raise" and not self.late
+        _, arrived = decode_many(coded.parcel, coded.schema, finite=finite)
         if is_plain(self.codec):
             got = arrived
         else:
@@ -401,9 +410,17 @@ class Path:
             updates = updates.take(accepted.nonzero().flatten().tolist())
             weights = weights if given else weights / weights.sum()
         reduced = method.reduce(state, updates, weights, ctx)
+        if self.late and not (self.may_be_late(method) and _shows_none(reduced, updates, weights)):
+            check_finite(joined(updates))
         reduced = self.noised(reduced, ctx.key)
         reduced.diag["accepted"] = updates.clients
         return reduced, updates
+
+    def may_be_late(self, method: Method) -> bool:
+        """True where NaN in an upload would show in what is reduced, and nothing comes before."""
+        plain = self.guard == "raise" and self.central is None and not self.selectors
+        averaged = type(method).reduce is Method.reduce and isinstance(method.reducer, Mean)
+        return plain and averaged
 
     def noised(self, reduced: Reduced, key: int) -> Reduced:
         """Central noise on everything that was reduced; the event is `diag["privacy"]`."""
@@ -435,13 +452,9 @@ class Path:
         return updates.take(good.nonzero().flatten().tolist())
 
 
+_LIGHT = 1e-30
+"""Weights that may be nothing in a tensor's own type."""
 _LOCAL_NOISE, _CODEC, _CENTRAL_NOISE = 101, 102, 103
-
-
-def _rounds(meta: Sequence[Meta]) -> int | list[int]:
-    """The round of each upload; one number where it is the same for all."""
-    first = meta[0].round
-    return first if all(m.round == first for m in meta) else [m.round for m in meta]
 
 
 def is_plain(codec: Codec) -> bool:
@@ -457,8 +470,19 @@ def _memory_of(kept: Tree, rows: Tensor) -> Tree:
 def _finite(x: Tensor) -> bool:
     if not x.is_floating_point() or x.numel() == 0:
         return True
-    low, high = torch.aminmax(x)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    if math.isfinite(float(x.sum())):  # else it may have overflowed by itself
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
+
+
+def _shows_none(mean: Reduced, updates: Updates, weights: Tensor) -> bool:
+    """True only if no upload holds NaN or infinity: with a weight above 0 either stays in a mean.
+
+    One pass over the mean in place of one over all uploads.
+    """
+    told = (mean.tensors, mean.values, mean.buffers, updates.scalars)
+    heavy = bool(weights.numpy().min(initial=1.0) > _LIGHT)
+    return heavy and all([_finite(x) for tensors in told for x in tensors.values()])
 
 
 def finite_rows(updates: Updates, n: int) -> Tensor:
@@ -519,10 +543,10 @@ def _values(tensors: Tree) -> int:
 
 def _by_rank(updates: Updates) -> list[tuple[int | None, np.ndarray]]:
     """Rows grouped by adapter rank; one group without ranks."""
-    ranks = {m.rank for m in updates.meta}
-    if not updates.values or None in ranks:
+    ranks = [m.rank for m in updates.meta] if updates.values else [None]
+    if None in ranks:
         return [(None, np.arange(len(updates)))]
-    array = np.array([m.rank for m in updates.meta])
+    array = np.array(ranks)
     return [(int(rank), np.flatnonzero(array == rank)) for rank in np.unique(array)]
 
 

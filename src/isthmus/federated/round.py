@@ -180,16 +180,14 @@ class Federation:
                 still, still + self.now, still, still, still, still, arrived, nothing_tried
             )
         axes = self.method.rank_axes() if self.method.slices_download else None
-        crossed: dict[tuple[int, int], tuple[Tree, int, int]] = {}
         made = self.downloads(clients)
         slots = list(zip(map(id, made), self.ranks[clients].tolist(), strict=True))
-        for slot, sent in zip(slots, made, strict=True):
-            if slot not in crossed:
-                crossed[slot] = self.path.down(sent, self.round, key, slot[1], axes)
-        got = [crossed[slot] for slot in slots]
-        downs = [down for down, _, _ in got]
-        sizes = np.array([size for _, size, _ in got], np.int64)
-        values = np.array([count for _, _, count in got], np.int64)
+        crossed = {
+            slot: self.path.down(sent, self.round, key, slot[1], axes)
+            for slot, sent in dict(zip(slots, made, strict=True)).items()
+        }
+        downs, sizes, values = zip(*map(crossed.__getitem__, slots), strict=True)
+        sizes, values = np.array(sizes, np.int64), np.array(values, np.int64)
         names = self.named(clients)
         delivery = self.link.send_many(
             sizes, "down", self.now, key=seeds.fold(key, 1), index=clients
@@ -203,7 +201,7 @@ class Federation:
             round=self.round,
             sequence=clients,
         )
-        return downs, self._catch_up(clients, names, delivery, key)
+        return list(downs), self._catch_up(clients, names, delivery, key)
 
     def _catch_up(
         self, clients: np.ndarray, names: list[str], delivery: Delivery, key: int
@@ -347,10 +345,11 @@ class Federation:
         if len(arrived) < len(cohort):
             here = np.isin(who, arrived.clients)
             who, kept = who[here], _rows(kept, here)
-        self.store.put(who, self.round, kept)
         if not len(arrived):
             return self._nobody(key)
-        return self._mix(arrived, cohort.downs[0], asked, loss, aux, seeds.fold(key, 5))
+        report = self._mix(arrived, cohort.downs[0], asked, loss, aux, seeds.fold(key, 5))
+        self.store.put(who, self.round, kept)
+        return report
 
     def _mix(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from isthmus.errors import InputError, unknown
-from isthmus.learn.simplify import reuse, simplify
+from isthmus.learn.simplify import abreast, reuse, simplify
 
 Mode = Literal["none", "trace", "compile"]
 MODES: tuple[Mode, ...] = ("none", "trace", "compile")
@@ -115,8 +115,10 @@ class Graphs:
         graph = make_fx(flat)(*leaves)
         simplify(graph, leaves)
         if self.mode == "compile":
+            abreast(graph, fuses=True)
             return _compiled(graph, leaves), shape, static
         reuse(graph)
+        abreast(graph)
         return _replayed(graph, leaves), shape, static
 
 

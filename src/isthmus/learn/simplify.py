@@ -7,6 +7,8 @@ was made for.
 
 from __future__ import annotations
 
+import math
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,7 +26,10 @@ _IN_PLACE = {
     aten.add.Tensor: aten.add.out,
     aten.sub.Tensor: aten.sub.out,
 }
-_FRESH = {aten.bmm.default, aten.mm.default, *_IN_PLACE, *_IN_PLACE.values()}
+_ELEMENTWISE = {*_IN_PLACE, *_IN_PLACE.values()}
+_LINE = 16
+"""Rows begin at a multiple of these many entries: a line of the processor's cache."""
+_FRESH = {aten.bmm.default, aten.mm.default, *_ELEMENTWISE}
 """Operations whose result is memory of its own, no view of an argument's."""
 _FROM_SHAPE = {aten.zeros_like.default: torch.zeros_like, aten.ones_like.default: torch.ones_like}
 
@@ -64,6 +69,66 @@ def reuse(graph: GraphModule) -> None:
                 node.kwargs = {**node.kwargs, "out": given}
                 break
     graph.recompile()
+
+
+def abreast(graph: GraphModule, fuses: bool = False) -> None:
+    """Lay the first results, while they are of one type and one row a client, side by side into
+    one matrix `[n, d]`, as a message has them: what is sent together lies together.
+
+    Who `fuses` operations (the inductor) writes the parts of a `cat` where they belong. Others
+    would copy them, and elementwise results are told where to go instead.
+    """
+    output: Any = next(node for node in graph.graph.nodes if node.op == "output")
+    first: list[Any] = []
+    for node in output.args[0]:
+        if node in first or not _movable(node, fuses) or _kind(node) != _kind((first or [node])[0]):
+            break
+        first.append(node)
+    if len(first) < 2:
+        return
+    rows, dtype, device = _kind(first[0])
+    widths = [math.prod(_laid(node)[0][1:]) for node in first]
+    step = sum(widths) if fuses else -(-sum(widths) // _LINE) * _LINE
+    call = graph.graph.call_function
+    place = {node: i for i, node in enumerate(graph.graph.nodes)}
+    with graph.graph.inserting_before(output if fuses else min(first, key=place.__getitem__)):
+        if fuses:
+            parts = zip(first, widths, strict=True)
+            flat = [call(aten.view.default, (node, [rows, width])) for node, width in parts]
+            matrix = call(aten.cat.default, (flat, 1))
+        else:
+            like = {"dtype": dtype, "device": device}
+            matrix = call(aten.empty.memory_format, ([rows, step],), like)
+        views: list[Any] = []
+        for node, start in zip(first, accumulate(widths, initial=0), strict=False):
+            shape, strides, _ = _laid(node)
+            given = (matrix, [*shape], [step, *strides[1:]], start)
+            views.append(call(aten.as_strided.default, given))
+    if fuses:
+        output.args = ([*views, *output.args[0][len(views) :]],)
+    else:
+        for node, view in zip(first, views, strict=True):
+            node.target = _IN_PLACE.get(node.target, node.target)
+            node.kwargs = {**node.kwargs, "out": view}
+    graph.recompile()
+
+
+def _movable(node: Any, fuses: bool) -> bool:
+    """True for a computed result with a row for each client that may be laid elsewhere; unless
+    it is copied, it must be elementwise, and nobody may rely on how it lies."""
+    if not isinstance(node, Node) or node.op != "call_function" or _laid(node) is None:
+        return False
+    shape, strides, _ = _laid(node)
+    if len(shape) < 2 or tuple(strides) != torch.empty(shape, device="meta").stride():
+        return False
+    users = [user.target for user in node.users if user.op != "output"]
+    return fuses or all(target in _ELEMENTWISE for target in [node.target, *users])
+
+
+def _kind(node: Any) -> Any:
+    """How many rows a result has, their type and where they are."""
+    meta = node.meta["val"]
+    return meta.shape[0], meta.dtype, meta.device
 
 
 def _unchanged(node: Any) -> Any:

@@ -122,6 +122,8 @@ def build(
     ground = Ground(module, base, dict(clients.train.columns), Owned.of(clients.parts))
     ground.cost = _cost(method, ground, tensors, flops)
     engine = Pooled if method.gathers else ENGINES[schedule.kind]
+    masked = _masked(config)
+    path.late = engine is Federation and masked is None and path.may_be_late(method)
     federation = engine(
         method=method,
         ground=ground,
@@ -136,7 +138,7 @@ def build(
         seed=config.seed,
         flops=flops,
         deadline=config.deadline,
-        masked=_masked(config),
+        masked=masked,
         lr=partial(_rate, cast(float, config.lr), config.lr_decay),
         state=method.init(tensors),
         ranks=_ranks(config, settings, method),

@@ -92,57 +92,35 @@ class Columns:
                     raise InputError(name, f"{len(cell)} cells", f"{n}, as the rest of the block")
                 n = len(cell)
                 varying.add(name)
-        start, stop = self.rows, self.rows + n
-        self._reserve(stop)
-        floats, ints = self.floats[:, start:stop], self.ints[:, start:stop]
-        codes = self.codes[:, start:stop]
-        try:
-            for name, cell in cells.items():
-                if name in WORD:
-                    codes[WORD[name]] = self.encode(name, cell)
-                elif name in varying or cell != 0:  # new rows hold zeros
-                    _fill(floats[FLOAT[name]] if name in FLOAT else ints[INT[name]], name, cell)
-            if n:
-                _check(floats, FLOATS)
-                _check(ints, INTS)
-        except BaseException:
-            floats[:], ints[:], codes[:] = 0, 0, 0
-            raise
-        _round(floats)
-        self.rows = stop
-        return range(start, stop)
+        return self.settle([(n, cells)])
 
     def settle(self, blocks: Sequence[tuple[int, Mapping[str, Any]]]) -> range:
-        """Add many blocks `(n, cells)` at once, column by column; see `put` for the cells.
-
-        An array has n cells; nothing is added when any of them is out of range.
-        """
-        counts = [n for n, _ in blocks]
-        given = set().union(*(cells for _, cells in blocks))
-        start, stop = self.rows, self.rows + sum(counts)
+        """Add many blocks `(n, cells)` at once, all or nothing; see `put` for the cells, of which
+        an array has n."""
+        start, stop = self.rows, self.rows + sum([n for n, _ in blocks])
         self._reserve(stop)
         floats, ints = self.floats[:, start:stop], self.ints[:, start:stop]
         try:
-            for held, names in ((floats, FLOATS), (ints, INTS)):
-                for row, name in zip(held, names, strict=True):
-                    if name in given:
-                        cells = [cells.get(name, 0) for _, cells in blocks]
-                        _fill(row, name, _spread(cells, counts))
-                _check(held, names)
-            for i, name in enumerate(WORDS):
-                if name not in given:
-                    continue
-                codes: list[int] = []
-                for n, cells in blocks:
-                    cell = self.encode(name, cells.get(name, ""))
-                    codes += [cell] * n if isinstance(cell, int) else cell
-                self.codes[i, start:stop] = codes
+            at = start
+            for n, cells in blocks:
+                self._fill(slice(at, at + n), cells)
+                at += n
+            _check(floats, FLOATS)
+            _check(ints, INTS)
         except BaseException:
             floats[:], ints[:], self.codes[:, start:stop] = 0, 0, 0
             raise
         _round(floats)
         self.rows = stop
         return range(start, stop)
+
+    def _fill(self, rows: slice, cells: Mapping[str, Any]) -> None:
+        for name, cell in cells.items():
+            if name in WORD:
+                self.codes[WORD[name], rows] = self.encode(name, cell)
+            elif not (isinstance(cell, int | float) and cell == 0):  # new rows hold zeros
+                held = self.floats[FLOAT[name]] if name in FLOAT else self.ints[INT[name]]
+                _fill(held[rows], name, cell)
 
     def _reserve(self, rows: int) -> None:
         have = self.floats.shape[1]
@@ -254,18 +232,6 @@ def _fill(row: Array, name: str, cell: Any) -> None:
         kind = "a number" if row.dtype.kind == "f" else "a whole number below 2^63"
         given = cell if isinstance(cell, str | int | float) else "something else"
         raise InputError(name, given, f"{kind}, or one for each row") from None
-
-
-def _spread(cells: Sequence[Any], counts: Sequence[int]) -> Array:
-    """One array from the cells of blocks of these many rows, each an array or one for all."""
-    if all([isinstance(cell, int | float) for cell in cells]):
-        return np.repeat(np.asarray(cells), counts)
-    return np.concatenate(
-        [
-            cell if isinstance(cell, np.ndarray) and cell.ndim else np.full(n, cell)
-            for n, cell in zip(counts, cells, strict=True)
-        ]
-    )
 
 
 def _round(floats: Array) -> None:

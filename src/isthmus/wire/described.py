@@ -47,8 +47,8 @@ class Frame(NamedTuple):
     is the whole head with empty slots, and `outside` tells which of its bytes lie outside them.
 
     `written` holds what follows the session in heads written lately, by its values, and `read`
-    the values by that text: a cohort declares much the same from round to round, and text is
-    slow to write and read.
+    the values by that text; `latest` both for the latest cohort, column by column: it declares
+    much the same from round to round, and text is slow to write and read.
     """
 
     text: bytes
@@ -58,6 +58,7 @@ class Frame(NamedTuple):
     outside: np.ndarray
     written: dict[tuple[Value, ...], bytes]
     read: dict[bytes, tuple[Value, ...]]
+    latest: list[tuple[list[list[Value]], list[bytes]]]
 
 
 def frame(schema: Schema, places: tuple[Place, ...]) -> Frame:
@@ -84,7 +85,7 @@ def frame(schema: Schema, places: tuple[Place, ...]) -> Frame:
         outside = np.ones(len(shared), bool)
         for _, _, low, high in slots:
             outside[low:high] = False
-        found = schema.keep(key, Frame(text, tuple(slots), tail, shared, outside, {}, {}))
+        found = schema.keep(key, Frame(text, tuple(slots), tail, shared, outside, {}, {}, []))
     return cast(Frame, found)
 
 
@@ -110,8 +111,7 @@ def heads(
     """The heads of n messages of a fixed schema: uint8 `[n, start]`."""
     base = frame(schema, places)
     _, item, low, cut = base.slots[0]
-    rows = zip(*[columns[name] for name, *_ in base.slots[1:]], strict=True)
-    tails = [base.written.get(row) or _tail(base, row) for row in rows]
+    tails = _tails(base, [columns[name] for name, *_ in base.slots[1:]])
     sessions = columns["session"]
     first = base.shared[:low]
     if sessions.count(sessions[0]) == n:
@@ -134,14 +134,11 @@ def read_heads(
     block, n = matrix[:, :start].tobytes(), len(matrix)
     lead = block[:cut]
     if lead[:low] == base.shared[:low]:
-        tails = [block[at + cut : at + start] for at in range(0, n * start, start)]
-        rows = list(map(base.read.get, tails))
-        if None not in rows and block == lead + lead.join(tails):
-            session = _read_text(item, lead[low:].decode("latin-1"))
-            if session is not None:
-                names = [name for name, *_ in base.slots[1:]]
-                values = map(list, zip(*cast("list[tuple[Value, ...]]", rows), strict=True))
-                return {"session": [session] * n, **dict(zip(names, values, strict=True))}
+        said = _said(base, block, lead, n)
+        session = _read_text(item, lead[low:].decode("latin-1"))
+        if said is not None and session is not None:
+            names = [name for name, *_ in base.slots[1:]]
+            return {"session": [session] * n, **dict(zip(names, said, strict=True))}
     shared = np.frombuffer(base.shared, np.uint8)
     if ((matrix[:, :start] != shared) & base.outside).any():
         return None
@@ -152,6 +149,35 @@ def read_heads(
             return None
         columns[name] = values
     return columns
+
+
+def _tails(base: Frame, said: list[list[Value]]) -> list[bytes]:
+    """The heads of a cohort from the end of their session on, for these columns of values."""
+    for before, tails in base.latest:
+        if before == said:
+            return tails
+    rows = list(zip(*said, strict=True))
+    found = list(map(base.written.get, rows))
+    if None in found:
+        return [tail or _tail(base, row) for tail, row in zip(found, rows, strict=True)]
+    tails = cast("list[bytes]", found)
+    base.latest[:] = [([list(column) for column in said], tails)]
+    return tails
+
+
+def _said(base: Frame, block: bytes, lead: bytes, n: int) -> list[list[Value]] | None:
+    """The columns of n heads that all begin with `lead`; None where one is not remembered."""
+    for before, tails in base.latest:
+        if len(tails) == n and block == lead + lead.join(tails):
+            return [list(column) for column in before]
+    start, cut = len(base.shared), len(lead)
+    tails = [block[at + cut : at + start] for at in range(0, n * start, start)]
+    rows = list(map(base.read.get, tails))
+    if None in rows or block != lead + lead.join(tails):
+        return None
+    said = list(map(list, zip(*cast("list[tuple[Value, ...]]", rows), strict=True)))
+    base.latest[:] = [([list(column) for column in said], tails)]
+    return said
 
 
 def _tail(base: Frame, row: tuple[Value, ...]) -> bytes:

@@ -31,27 +31,39 @@ from isthmus.wire.schema import Message, Place, Schema, Shape
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """n messages side by side: `buffer` uint8, message i is `buffer[offsets[i]:offsets[i+1]]`."""
+    """n messages: `buffer` uint8, message i is `buffer[offsets[i]:offsets[i+1]]`.
+
+    Where tensors were lent, that is its head alone, and row i of `lent` `[n, d]` follows it.
+    """
 
     buffer: Tensor
     offsets: Tensor
+    lent: Tensor | None = None
 
     def __len__(self) -> int:
         return self.offsets.numel() - 1
 
     def __getitem__(self, i: int) -> memoryview:
-        """The bytes of message i, not copied."""
+        """The bytes of message i, copied only where tensors were lent."""
         start, stop = self.offsets.numpy()[i : i + 2]
-        return self.buffer.numpy()[start:stop].data
+        head = self.buffer.numpy()[start:stop].data
+        if self.lent is None:
+            return head
+        return memoryview(bytearray(b"".join([head, whole(self.lent[i]).data])))
+
+    @property
+    def rest(self) -> int:
+        """Bytes of each message that were lent."""
+        return 0 if self.lent is None else self.lent.shape[1] * self.lent.element_size()
 
     @property
     def sizes(self) -> np.ndarray:
         """The bytes of each message, int64 `[n]`; read only."""
         n = len(self)
         length = self.buffer.numel() // max(n, 1)
-        return (
-            _alike(n, length) if self.offsets is _even(n, length) else np.diff(self.offsets.numpy())
-        )
+        if self.offsets is _even(n, length):
+            return _alike(n, length + self.rest)
+        return np.diff(self.offsets.numpy()) + self.rest
 
 
 def encode_many(
@@ -61,11 +73,14 @@ def encode_many(
     layout: Layout = "described",
     session: int | Sequence[int] | np.ndarray = 0,
     sequence: int | Sequence[int] | np.ndarray = 0,
+    lend: bool = False,
 ) -> Parcel:
-    """n messages in one buffer, byte for byte what `encode` gives for each.
+    """n messages at once, byte for byte what `encode` gives for each.
 
     `fields` holds n values of each field, `tensors` is stacked (`[n, *shape]`); `session` and
-    `sequence` are one number for all, or n numbers. Raises `WireError` naming the field.
+    `sequence` are one number for all, or n numbers. With `lend`, tensors that lie side by side
+    as in a message are not copied, and must not change while the parcel is in use. Raises
+    `WireError` naming the field.
     """
     written = LAYOUTS[layout]
     form = _known(schema, written, fields, tensors, session, sequence)
@@ -84,15 +99,16 @@ def encode_many(
     for name, item in schema.fields.items():
         columns[name] = item.listed(name, fields[name], n)
     form = form or _form(schema, written, places, n)
+    heads = written.heads(schema, columns, places, n)
+    inside = {place.name: tensors[place.name] for place in places}
+    rows = None if form.kind is None else tree.rows(inside)
+    if lend and rows is not None and rows.device.type == "cpu":
+        first = torch.from_numpy(heads.reshape(-1).copy())
+        return Parcel(first, _even(n, form.start), rows.detach())
     buffer = torch.empty(n * form.length, dtype=torch.uint8)
     matrix = buffer.numpy().reshape(n, form.length)
-    matrix[:, : form.start] = written.heads(schema, columns, places, n)
-    if form.kind is not None:
-        _write(matrix.view(_WHOLE[form.kind]), form, places, tensors)
-    else:
-        for place in places:
-            flat = whole(tensors[place.name]).reshape(n, place.stop - place.start)
-            matrix[:, form.start + place.start : form.start + place.stop] = flat
+    matrix[:, : form.start] = heads
+    _copy(matrix[:, form.start :], form, inside, rows)
     return Parcel(buffer, form.offsets)
 
 
@@ -121,16 +137,18 @@ def _known(
     return form
 
 
-def _write(
-    body: np.ndarray, form: _Form, places: tuple[Place, ...], tensors: Mapping[str, Tensor]
-) -> None:
-    """Copy tensors into messages of one type `[n, L]`: all at once where they lie side by side."""
-    rows = tree.rows({place.name: tensors[place.name] for place in places})
-    if rows is not None:
-        body[:, form.lows[0] : form.lows[-1]] = rows.numpy(force=True)
-        return
-    for place, low, high in zip(places, form.lows, form.lows[1:], strict=False):
-        body[:, low:high] = tensors[place.name].numpy(force=True).reshape(len(body), high - low)
+def _copy(body: np.ndarray, form: _Form, tensors: Tree, rows: Tensor | None) -> None:
+    """Copy tensors behind the heads `[n, b]`: all at once where they are the matrix `rows`."""
+    if form.kind is None:
+        parts = [whole(x) for x in tensors.values()]
+    else:
+        body = body.view(_WHOLE[form.kind])
+        parts = [x.numpy(force=True) for x in (tensors.values() if rows is None else [rows])]
+    at = 0
+    for part in parts:
+        flat = part.reshape(form.n, -1)
+        body[:, at : at + flat.shape[1]] = flat
+        at += flat.shape[1]
 
 
 def decode_many(
@@ -138,7 +156,7 @@ def decode_many(
 ) -> tuple[dict[str, list[Value]], Tree]:
     """The fields (n values each) and the stacked tensors of all messages, checked like `decode`.
 
-    The tensors are strided views of the buffer where its alignment allows. Nothing is handed
+    The tensors are strided views of the parcel where its alignment allows. Nothing is handed
     over unless every message is sound; raises `WireError` naming the field, and the message
     where one differs from the others.
     """
@@ -151,26 +169,26 @@ def decode_many(
     if buffer is None:
         return _each(parcel, schema, finite)
     matrix = buffer.numpy().reshape(n, -1)
-    check_size(matrix.shape[1], schema)
-    first = matrix[0].data
-    layout = layout_of(first)
-    columns, places, start = _heads(layout, schema, matrix, first, finite)
+    length = matrix.shape[1] + parcel.rest
+    check_size(length, schema)
+    layout = layout_of(matrix[0].data)
+    columns, places, start = _heads(layout, schema, parcel, matrix, length, finite)
     if columns is None:
         return _each(parcel, schema, finite)
     fields = {
         name: item.listed(name, columns[name], n, finite) for name, item in schema.fields.items()
     }
     form = _form(schema, layout, places, n)
-    sound = False
-    if form.kind is not None and buffer.data_ptr() % form.kind.itemsize == 0:
-        flat = buffer.view(form.kind)
-        origin, step = flat.storage_offset(), form.length // form.kind.itemsize
+    body, sound = _body(parcel, form, buffer), False
+    if body is not None:
+        step, origin = body.stride(0), body.storage_offset()
         tensors = {
-            place.name: flat.as_strided((n, *place.shape), strides, origin + low)
-            for place, strides, low in zip(places, form.strides, form.lows, strict=False)
+            place.name: body.as_strided((n, *place.shape), (step, *strides), origin + low)
+            for place, strides, low in zip(places, form.strides, form.lows, strict=True)
         }
-        low, high = form.lows[0], form.lows[-1]
-        sound = not finite or _sound(flat.as_strided((n, high - low), (step, 1), origin + low))
+        sound = not finite or _sound(body)
+    elif parcel.lent is not None:
+        return _each(parcel, schema, finite)
     else:
         tensors = {
             place.name: _stacked(matrix[:, start + place.start : start + place.stop], place)
@@ -186,7 +204,7 @@ def decode_many(
 
 
 def _messages(parcel: Parcel, n: int) -> Tensor | None:
-    """The bytes of n messages of one length, or None where lengths differ."""
+    """The bytes in the buffer of n messages of one length, or None where lengths differ."""
     stop = parcel.buffer.numel()
     if parcel.offsets is _even(n, stop // n):
         return parcel.buffer
@@ -200,7 +218,7 @@ def _messages(parcel: Parcel, n: int) -> Tensor | None:
 
 
 def _heads(
-    layout: Any, schema: Schema, matrix: np.ndarray, first: memoryview, finite: bool
+    layout: Any, schema: Schema, parcel: Parcel, matrix: np.ndarray, length: int, finite: bool
 ) -> tuple[dict[str, list[Value]] | None, tuple[Place, ...], int]:
     """The fields of all heads, places and start; no fields when some head stands apart.
 
@@ -209,19 +227,36 @@ def _heads(
     places = schema.declared
     if schema.fixed and places is not None:
         start = layout.start_of(schema, places)
-        if matrix.shape[1] == start + (places[-1].stop if places else 0):
+        if length == start + (places[-1].stop if places else 0) and start <= matrix.shape[1]:
             columns = layout.read_heads(schema, matrix, places, start)
             if columns is not None:
                 return columns, places, start
-    _, places, start = layout.read_head(schema, first, finite)
-    columns = layout.read_heads(schema, matrix, places, start) if schema.fixed else None
-    return columns, places, start
+    _, places, start = layout.read_head(schema, parcel[0], finite)
+    fixed = schema.fixed and start <= matrix.shape[1]
+    return layout.read_heads(schema, matrix, places, start) if fixed else None, places, start
+
+
+def _body(parcel: Parcel, form: _Form, buffer: Tensor) -> Tensor | None:
+    """The tensors of all messages as one matrix `[n, d]` of their type (a view); None where they
+    are not all of one, or not aligned."""
+    if form.kind is None:
+        return None
+    size, width = form.kind.itemsize, form.width
+    if (lent := parcel.lent) is not None:
+        alike = lent.dtype is form.kind and lent.shape == (form.n, width)
+        return lent if alike and buffer.numel() == form.n * form.start else None
+    if buffer.data_ptr() % size:
+        return None
+    flat = buffer.view(form.kind)
+    place = flat.storage_offset() + form.start // size
+    return flat.as_strided((form.n, width), (form.length // size, 1), place)
 
 
 class _Form(NamedTuple):
     """What n messages of one schema and shape have in common, worked out once: where tensors
     begin, the length, and what is `stacked`. When all tensors are aligned and of one type, also
-    that `kind`; and in entries where each of them begins (`lows`, the end last) and its strides."""
+    that `kind`; and in entries, counted from the first, how many there are (`width`), where each
+    tensor begins (`lows`) and its own strides."""
 
     n: int
     start: int
@@ -229,6 +264,7 @@ class _Form(NamedTuple):
     offsets: Tensor
     stacked: tuple[tuple[str, torch.dtype, Shape], ...]
     kind: torch.dtype | None = None
+    width: int = 0
     lows: tuple[int, ...] = ()
     strides: tuple[tuple[int, ...], ...] = ()
 
@@ -259,12 +295,10 @@ def _form(schema: Schema, layout: Any, places: tuple[Place, ...], n: int) -> _Fo
         kind = kinds.pop() if len(kinds) == 1 else None
         if kind in _WHOLE and start % kind.itemsize == length % kind.itemsize == 0:
             size = kind.itemsize
-            lows = [(start + place.start) // size for place in places]
-            strides = [
-                (length // size, *torch.empty(place.shape, device="meta").stride())
-                for place in places
-            ]
-            found = found._replace(kind=kind, lows=(*lows, length // size), strides=tuple(strides))
+            lows = tuple([place.start // size for place in places])
+            strides = tuple([torch.empty(p.shape, device="meta").stride() for p in places])
+            width = (length - start) // size
+            found = found._replace(kind=kind, width=width, lows=lows, strides=strides)
         if places is schema.declared:
             schema.keep(key, found)
     return cast(_Form, found)
