@@ -34,9 +34,13 @@ def test_the_ways_compute_the_same_round() -> None:
 def test_what_is_not_training_is_a_part_of_the_round() -> None:
     fed = executors.federation("fedavg", "eager")
     assert 0.0 < executors.outside(fed, 2) < 1.0
-    with executors.timed(fed.executor.graphs) as inside:
+    assert 0.0 < executors.outside(fed, 2, recorded=True) < 1.0
+    graphs, executor = fed.executor.graphs, fed.executor
+    with executors.timed(executor, "run") as visits, executors.timed(graphs, "call") as inside:
         fed.step()
-    assert len(inside) == 1  # one recorded visit of all clients
+    assert len(visits) == len(inside) == 1  # one recorded visit of all clients
+    assert 0.0 < inside[0] < visits[0]
+    assert "run" not in vars(executor) and "call" not in vars(graphs)
 
 
 def test_visits_are_counted_by_their_uploads() -> None:

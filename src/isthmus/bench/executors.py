@@ -132,8 +132,11 @@ def convolution(turns: int = TURNS) -> Figure:
 
 
 def besides_training() -> list[Figure]:
-    """The part of a round outside the recorded visits of its clients: messages, links, the
-    ledger, plans, mixing."""
+    """The part of a round outside the visits of its clients: messages, links, the ledger, mixing.
+
+    A visit begins with the choice of its batches, as a bare loop's does with `randperm`; the part
+    outside the recorded operations alone, without that choice, stands beside it.
+    """
     digits = f"not training, digits, {CLIENTS} clients"
     usual = federation("fedavg", "eager")
     longer = federation("fedavg", "eager", epochs=5)
@@ -144,16 +147,18 @@ def besides_training() -> list[Figure]:
     part = "of 1"
     return [
         at_most(digits, outside(usual, 40), 0.25, part),
+        Figure(f"{digits}, outside recorded operations", outside(usual, 40, True), part),
         Figure(f"{digits}, 5 local epochs", outside(longer, 40), part),
         Figure(f"{digits}, unrecorded", outside(unrecorded, 40), part),
         at_most("not training, embedded language model with LoRA", outside(text, 2), 0.03, part),
     ]
 
 
-def outside(fed: Any, rounds: int) -> float:
-    """Share of the time of some rounds that is spent outside their visits."""
+def outside(fed: Any, rounds: int, recorded: bool = False) -> float:
+    """Share of the time of some rounds that is spent outside their visits, or outside what of
+    them is `recorded`."""
     fed.step()
-    with timed(fed.executor.graphs) as inside:
+    with timed(fed.executor.graphs, "call") if recorded else timed(fed.executor, "run") as inside:
         start = time.perf_counter()
         for _ in range(rounds):
             fed.step()
@@ -162,10 +167,10 @@ def outside(fed: Any, rounds: int) -> float:
 
 
 @contextmanager
-def timed(graphs: Graphs) -> Iterator[list[float]]:
-    """The seconds of every outermost call of the recordings while it is open."""
+def timed(owner: Any, name: str) -> Iterator[list[float]]:
+    """The seconds of every outermost call of a method of `owner` while it is open."""
     spent: list[float] = []
-    call, deep = graphs.call, False
+    call, deep = getattr(owner, name), False
 
     def measured(*given: Any) -> Any:
         nonlocal deep
@@ -178,11 +183,11 @@ def timed(graphs: Graphs) -> Iterator[list[float]]:
             deep = False
             spent.append(time.perf_counter() - start)
 
-    graphs.call = measured  # type: ignore[method-assign]
+    setattr(owner, name, measured)
     try:
         yield spent
     finally:
-        del graphs.call
+        delattr(owner, name)
 
 
 REGISTERED = (10_000, 1_000_000)
