@@ -172,7 +172,7 @@ class Selector(Protocol):
 
 @runtime_checkable
 class Reducer(Protocol):
-    """Makes one result of n uploads; exactly one in a run."""
+    """Makes one result of n uploads, which it leaves as they are; exactly one in a run."""
 
     needs: ClassVar[frozenset[str]]
 
