@@ -73,3 +73,13 @@ def test_those_near_pull_and_those_far_do_not() -> None:
     xi = fed.method.attention(rows, torch.tensor([0]))[0]  # pyright: ignore[reportAttributeAccessIssue]
     assert float(xi.sum()) == pytest.approx(1.0) and float(xi[3:].max()) < 1e-12
     assert 0.1 < float(xi[1]) <= 0.25
+
+
+def test_models_far_from_zero_that_differ_little_are_told_apart() -> None:
+    """In float32 a product of such models rounds away what the distance is made of."""
+    fed = tiny.federation("fedamp", by_hand.TASK, settings={"alpha": 0.8, "sigma": 0.001})
+    g = torch.Generator().manual_seed(1)
+    rows = {"w": 100.0 + 1e-2 * torch.randn(5, 3, generator=g)}
+    xi = fed.method.attention(rows, torch.arange(5))  # pyright: ignore[reportAttributeAccessIssue]
+    _, weights = clouds([{"w": x} for x in rows["w"].double()], 0.8, 0.001)
+    torch.testing.assert_close(xi, torch.tensor(weights), rtol=1e-5, atol=1e-7)

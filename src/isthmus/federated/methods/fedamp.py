@@ -57,13 +57,17 @@ class FedAMP(Rows):
 
     def attention(self, rows: Tree, clients: Tensor) -> Tensor:
         """xi of these clients, `[k, N]`; each row sums to 1."""
-        flat = tree.flatten_stacked(rows)
-        exactly = "donot_use_mm_for_euclid_dist"  # near models differ by less than it rounds away
-        distance = torch.cdist(flat[clients], flat, compute_mode=exactly).square()
+        flat = tree.flatten_stacked(rows).double()
+        flat = flat - flat.mean(
+            0
+        )  # products of what models share would round away where they differ
+        square = flat.square().sum(1)
+        distance = (square[clients, None] + square - 2.0 * flat[clients] @ flat.T).clamp_min(0.0)
         most = self.knobs.alpha / max(1, self.population - 1)
         own = torch.arange(len(flat)) == clients[:, None]
         others = torch.where(own, 0.0, most * torch.exp(-distance / self.knobs.sigma))
-        return torch.where(own, 1 - others.sum(1, keepdim=True), others)
+        xi = torch.where(own, 1.0 - others.sum(1, keepdim=True), others)
+        return xi.to(next(iter(rows.values())).dtype)
 
     def start(self, visit: Visit, down: Tree, kept: Tree) -> tuple[Tree, Carry]:
         params, _ = super().start(visit, down, kept)
