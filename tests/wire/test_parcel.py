@@ -95,6 +95,22 @@ def test_a_cohort_is_its_messages_side_by_side(cohort, layout: str) -> None:
     assert trees.equal(tensors, stacked)
 
 
+def decoded_together_as_one_by_one(broken: Parcel, schema: Schema) -> None:
+    """Either both refuse the messages, or both read the same from them."""
+    try:
+        each = [decode(broken[i], schema) for i in range(len(broken))]
+    except WireError:
+        each = []
+    first = each[0].tensors if each else {}
+    if not each or any(m.tensors[n].shape != x.shape for m in each for n, x in first.items()):
+        with pytest.raises(WireError):
+            decode_many(broken, schema)
+        return
+    fields, tensors = decode_many(broken, schema)
+    assert repr(fields) == repr({name: [m.fields[name] for m in each] for name in schema.fields})
+    assert trees.equal(tensors, trees.stack([dict(m.tensors) for m in each]) if first else {})
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     cohorts(("u8", "u32", "f32", "f64", "bool")).filter(lambda c: c[3] > 1),
@@ -102,25 +118,12 @@ def test_a_cohort_is_its_messages_side_by_side(cohort, layout: str) -> None:
     st.data(),
 )
 def test_decoding_many_agrees_with_decoding_each(cohort, layout: str, data) -> None:
-    schema, columns, stacked, n = cohort
+    schema, columns, stacked, _ = cohort
     parcel = encode_many(schema, columns, stacked, layout)
     buffer = parcel.buffer.clone()
     for _ in range(data.draw(st.integers(1, 2))):
         buffer[data.draw(st.integers(0, len(buffer) - 1))] ^= data.draw(st.integers(1, 255))
-    broken = Parcel(buffer, parcel.offsets)
-    try:
-        each = [decode(broken[i], schema) for i in range(n)]
-    except WireError:
-        with pytest.raises(WireError):
-            decode_many(broken, schema)
-        return
-    if any(m.tensors[name].shape != x.shape for m in each for name, x in each[0].tensors.items()):
-        with pytest.raises(WireError):
-            decode_many(broken, schema)
-        return
-    fields, tensors = decode_many(broken, schema)
-    assert repr(fields) == repr({name: [m.fields[name] for m in each] for name in schema.fields})
-    assert trees.equal(tensors, trees.stack([dict(m.tensors) for m in each]) if stacked else {})
+    decoded_together_as_one_by_one(Parcel(buffer, parcel.offsets), schema)
 
 
 @settings(max_examples=150, deadline=None)
@@ -163,16 +166,7 @@ def test_tensors_that_are_lent_are_not_copied(cohort, layout: str, dtype, gap: i
     heads = parcel.buffer.clone()
     if len(heads):
         heads[data.draw(st.integers(0, len(heads) - 1))] ^= data.draw(st.integers(1, 255))
-    broken = Parcel(heads, parcel.offsets, parcel.lent)
-    try:
-        each = [decode(broken[i], schema) for i in range(n)]
-    except WireError:
-        with pytest.raises(WireError):
-            decode_many(broken, schema)
-        return
-    fields, got = decode_many(broken, schema)
-    assert repr(fields) == repr({name: [m.fields[name] for m in each] for name in schema.fields})
-    assert trees.equal(got, trees.stack([dict(m.tensors) for m in each]) if tensors else {})
+    decoded_together_as_one_by_one(Parcel(heads, parcel.offsets, parcel.lent), schema)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import mean
 from typing import Any, cast
 
 import pytest
@@ -231,6 +232,9 @@ def test_bad_tasks_are_one_line() -> None:
 
 @pytest.mark.slow
 def test_global_features_point_to_their_own_class_by_the_angle_term() -> None:
-    """After 8 rounds +0.08 to +0.15 with it and -0.22 to -0.38 without, over three seeds."""
-    with_it, without = (claims.margin(claims.ours(0, rounds=8, angle=on)) for on in (True, False))
-    assert with_it > 0 > without and with_it - without > 0.2
+    """After 8 rounds, the mean of three seeds: +0.12 with it and -0.30 without."""
+    with_it, without = (
+        mean(claims.margin(claims.ours(seed, rounds=8, angle=on)) for seed in range(3))
+        for on in (True, False)
+    )
+    assert with_it > 0.1 > -0.1 > without
