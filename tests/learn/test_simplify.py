@@ -111,7 +111,7 @@ def test_first_results_lie_side_by_side(fuses: bool) -> None:
     assert not {got[2].data_ptr(), got[3].data_ptr()} & {rows.data_ptr()}
 
 
-@pytest.mark.parametrize("mode", ["trace", "compile"])
+@pytest.mark.parametrize("mode", ["trace", pytest.param("compile", marks=pytest.mark.slow)])
 def test_recordings_lay_what_is_sent_side_by_side(mode: Any) -> None:
     graphs = Graphs(mode)
     for seed in range(3):
