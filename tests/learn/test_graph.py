@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import pytest
@@ -140,3 +141,18 @@ def test_compiled_draws_are_the_same_bits(count: int) -> None:
     )
     assert torch.equal(got["bits"], expected["bits"])
     assert torch.equal(got["uniform"], expected["uniform"])
+
+
+def test_the_linker_is_handed_a_folder_with_a_space_in_one_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._inductor import cpp_builder
+    from torch.utils import cpp_extension
+
+    where = "/a place/torch/lib"
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", where)
+    with graph._libraries_quoted():
+        options = cpp_builder.CppTorchOptions(vec_isa=cpp_builder.invalid_vec_isa)
+        line = cpp_builder.CppBuilder("name", "source.cpp", options).get_command_line()
+    assert f"-L{where}" in shlex.split(line)
+    assert where == cpp_extension.TORCH_LIB_PATH

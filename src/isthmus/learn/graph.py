@@ -8,8 +8,10 @@ through TorchScript's interpreter; `compile` hands them to the inductor instead.
 
 from __future__ import annotations
 
+import shlex
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -148,7 +150,7 @@ def _compiled(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[...
     from torch._inductor import compile as lower
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _libraries_quoted():
             run = cast(Callable[..., Any], lower(graph, [*leaves], options=_OPTIONS))
             run(*leaves)
     except Exception as error:  # the inductor raises many kinds, all meaning "not here"
@@ -158,3 +160,17 @@ def _compiled(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[...
             ) from error
         raise
     return run
+
+
+@contextmanager
+def _libraries_quoted() -> Iterator[None]:
+    """For a torch in a folder with a space in its name: the inductor (2.13) quotes that path for
+    the compiler, but not for the linker."""
+    from torch.utils import cpp_extension
+
+    plain = cpp_extension.TORCH_LIB_PATH
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(plain)
+    try:
+        yield
+    finally:
+        cpp_extension.TORCH_LIB_PATH = plain
