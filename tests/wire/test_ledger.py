@@ -114,6 +114,21 @@ def test_a_block_is_its_rows_one_by_one(tmp_path: Path) -> None:
     assert list(lines[0]) == FIELDS
 
 
+@given(st.lists(st.tuples(crossings, st.integers(1, 9)), min_size=1, max_size=6))
+def test_a_file_does_not_depend_on_which_rows_were_written_together(
+    tmp_path_factory: pytest.TempPathFactory, groups: list[tuple[dict[str, Any], int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("ledger")
+    rows = [{**row, "note": "100%", "money": -0.0} for row, n in groups for _ in range(n)]
+    together, single = Ledger(folder / "a.jsonl"), Ledger(folder / "b.jsonl")
+    together.cross_many(**{name: [row[name] for row in rows] for name in rows[0]})
+    for row in rows:
+        single.cross(**{**row, "money": 0.0})
+    together.close()
+    single.close()
+    assert (folder / "a.jsonl").read_bytes() == (folder / "b.jsonl").read_bytes()
+
+
 @given(st.lists(crossings, min_size=1, max_size=8), st.floats(0, 1e15))
 def test_a_file_has_the_bits_of_its_ledger(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], odd: float

@@ -29,7 +29,7 @@ from isthmus.tasks.digits import Digits
 from isthmus.wire.ledger import Ledger
 
 CLIENTS, BATCH, LR = 100, 10, 0.1
-BLOCKS, ROUNDS = 9, 40
+BLOCKS, TURNS, ROUNDS = 9, 5, 8
 
 
 class WideDigits(Digits):
@@ -98,18 +98,24 @@ def fedavg_on_digits(cohort: int, compile: str, folder: Path, **more: Any) -> An
 
 
 def _ratio(base: Callable[[], object], works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Time of each piece of work over that of `base`: the median of blocks of rounds, which are
-    timed whole (rows of the ledger are written some rounds at a time) and taken in turns."""
-    times: dict[str, list[float]] = {name: [] for name in ("base", *works)}
+    """Time of each piece of work over that of `base`: the median of blocks of rounds.
+
+    A block is long, since rows of the ledger are written many rounds at a time, and it is played
+    in short turns, so that all meet the machine in the same moods.
+    """
+    pieces = {"base": base, **works}
+    blocks: list[dict[str, float]] = []
     for _ in range(BLOCKS):
-        for name, work in {"base": base, **works}.items():
-            work()
-            start = time.perf_counter()
-            for _ in range(ROUNDS):
+        block = dict.fromkeys(pieces, 0.0)
+        for _ in range(TURNS):
+            for name, work in pieces.items():
                 work()
-            times[name].append(time.perf_counter() - start)
-    middle = {name: float(np.median(t)) for name, t in times.items()}
-    return {name: middle[name] / middle["base"] for name in works}
+                start = time.perf_counter()
+                for _ in range(ROUNDS):
+                    work()
+                block[name] += time.perf_counter() - start
+        blocks.append(block)
+    return {name: float(np.median([b[name] / b["base"] for b in blocks])) for name in works}
 
 
 GOALS = {("eager", 10): 0.5, ("eager", 100): 0.25, ("compiled", 10): 0.2, ("compiled", 100): 0.15}

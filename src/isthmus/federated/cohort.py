@@ -120,19 +120,16 @@ class Done:
     def declared(self, cohort: Cohort, sizes: Sequence[int], needs_loss: bool) -> list[Meta]:
         """What each client of the cohort says of its upload; its loss where that is asked for."""
         n, round = len(cohort), cohort.round
-        rounds = [round] * n if isinstance(round, int) else round.tolist()
+        if isinstance(round, int):
+            rounds, versions = [round] * n, [max(0, round - 1)] * n
+        else:
+            rounds, versions = round.tolist(), np.maximum(round - 1, 0).tolist()
         losses: list[float | None] = [None] * n
         if needs_loss:
             losses = np.nan_to_num(self.loss.double().numpy()).tolist()  # a diverged one is guarded
-        columns = (
-            cohort.clients.tolist(),
-            rounds,
-            [max(0, round - 1) for round in rounds],
-            sizes,
-            self.steps.numpy().astype(np.int64).tolist(),
-            [rank or None for rank in cohort.ranks.tolist()],
-            losses,
-        )
+        steps = self.steps.numpy().astype(np.int64).tolist()
+        ranks = [rank or None for rank in cohort.ranks.tolist()]
+        columns = (cohort.clients.tolist(), rounds, versions, sizes, steps, ranks, losses)
         return list(map(Meta._make, zip(*columns, strict=True)))
 
 

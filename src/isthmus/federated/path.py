@@ -132,7 +132,7 @@ class Path:
 
         Of the tensors in `axes` only the first `rank` directions cross; zeros stand for the rest.
         """
-        crossing = _sliced(sent, rank, axes or {})
+        crossing = _sliced(sent, rank, axes) if axes else sent
         stacked = {name: x.unsqueeze(0) for name, x in crossing.items()}
         plain = is_plain(self.download)
         payload = (
@@ -142,8 +142,8 @@ class Path:
         parcel = encode_many(schema, {}, payload.tensors, session=round)
         _, tensors = decode_many(parcel, schema)
         got = tensors if plain else self.download.decode_many(Payload(tensors, {}, 1), template)
-        arrived = _widened(tree.row(got, 0), sent)
-        return arrived, int(parcel.sizes[0]), values
+        arrived = tree.row(got, 0)
+        return _widened(arrived, sent) if axes else arrived, int(parcel.sizes[0]), values
 
     # -- up -----------------------------------------------------------------------------
 

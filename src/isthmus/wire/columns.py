@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, repeat
 from typing import Any, cast
 
 import numpy as np
@@ -21,10 +22,16 @@ from isthmus.errors import InputError
 FLOATS = ("t", "seconds", "joules", "money", "flops")
 INTS = ("round", "bytes", "values", "session", "sequence")
 WORDS = ("what", "from", "to", "kind", "note", "event")
-LINE = (
-    *("t", "what", "from", "to", "kind", "round", "bytes", "values", "seconds", "joules"),
-    *("money", "flops", "session", "sequence", "note"),
+PIECES = (
+    ("t",),
+    ("what",),
+    ("from", "to"),
+    ("kind", "round"),
+    ("bytes", "values", "seconds", "joules", "money", "flops"),
+    ("session", "sequence", "note"),
 )
+"""The columns of a line, in order; those together vary together."""
+LINE = tuple(name for names in PIECES for name in names)
 FLOAT, INT, WORD = ({name: i for i, name in enumerate(c)} for c in (FLOATS, INTS, WORDS))
 
 FORMATS = {"flops": "%.0f"}
@@ -101,9 +108,9 @@ class Columns:
         self._reserve(stop)
         floats, ints = self.floats[:, start:stop], self.ints[:, start:stop]
         try:
-            at = start
+            at, coded = start, dict[int, Any]()
             for n, cells in blocks:
-                self._fill(slice(at, at + n), cells)
+                self._fill(slice(at, at + n), cells, coded)
                 at += n
             _check(floats, FLOATS)
             _check(ints, INTS)
@@ -114,10 +121,13 @@ class Columns:
         self.rows = stop
         return range(start, stop)
 
-    def _fill(self, rows: slice, cells: Mapping[str, Any]) -> None:
+    def _fill(self, rows: slice, cells: Mapping[str, Any], coded: dict[int, Any]) -> None:
         for name, cell in cells.items():
             if name in WORD:
-                self.codes[WORD[name], rows] = self.encode(name, cell)
+                code = coded.get(id(cell))  # blocks often share their lists of names
+                if code is None:
+                    code = coded[id(cell)] = np.array(self.encode(name, cell), np.int32)
+                self.codes[WORD[name], rows] = code
             elif not (isinstance(cell, int | float) and cell == 0):  # new rows hold zeros
                 held = self.floats[FLOAT[name]] if name in FLOAT else self.ints[INT[name]]
                 _fill(held[rows], name, cell)
@@ -133,22 +143,14 @@ class Columns:
 
     def text(self, ids: range) -> str:
         """The lines of some rows: one template for all of them, filled once, column by column."""
-        start, stop = ids.start, ids.stop
+        rows = slice(ids.start, ids.stop)
         template = '{"id":%d'
         columns: list[Sequence[Any]] = [ids]
-        for name in LINE:
-            cells = self[name][start:stop]
-            varies = bool((cells != cells[0]).any())
-            # One way to write a cell, whoever stands beside it: a file does not depend on when
-            # its rows were written.
-            spec = "%s" if name in WORD else FORMATS.get(name, "%.12f" if name in FLOAT else "%d")
-            first = cells[0].item()
-            literal = (spec % (self._quoted[first] if name in WORD else first)).replace("%", "%%")
-            template += f',"{name}":{spec if varies else literal}'
-            if varies:
-                column = cells.tolist()
-                columns.append([self._quoted[c] for c in column] if name in WORD else column)
-        events = self.codes[WORD["event"], start:stop]
+        for names in PIECES:
+            piece, own = self._piece(names, rows)
+            template += piece
+            columns += own
+        events = self.codes[WORD["event"], rows]
         if events.any():
             template += "%s"
             texts = [self.words[int(code)] for code in events]
@@ -157,6 +159,39 @@ class Columns:
         for i, column in enumerate(columns):
             flat[i :: len(columns)] = column
         return (template + "}\n") * len(ids) % tuple(flat)
+
+    def _piece(self, names: Sequence[str], rows: slice) -> tuple[str, list[list[Any]]]:
+        """The template of columns that stand side by side, and what it is filled with.
+
+        A cell is written one way, whoever stands beside it: a file does not depend on when its
+        rows were written. Rows of a block are often alike, and those are written once.
+        """
+        piece, varying = "", list[str]()
+        for name in names:
+            spec = "%s" if name in WORD else FORMATS.get(name, "%.12f" if name in FLOAT else "%d")
+            cells = self[name][rows]
+            if (cells == cells[0]).all():
+                (text,) = self._filling(name, cells[:1])
+                spec = (spec % text).replace("%", "%%")
+            else:
+                varying.append(name)
+            piece += f',"{name}":{spec}'
+        if not varying:
+            return piece, []
+        first = np.flatnonzero(_changes([self[name][rows] for name in varying]))
+        n = rows.stop - rows.start
+        if 2 * len(first) > n:
+            return piece, [self._filling(name, self[name][rows]) for name in varying]
+        columns = [self._filling(name, self[name][rows][first]) for name in varying]
+        told = list(zip(*columns, strict=True))
+        texts = {cells: piece % cells for cells in set(told)}
+        often = np.diff(first, append=n).tolist()
+        lines = map(repeat, map(texts.__getitem__, told), often)
+        return "%s", [list(chain.from_iterable(lines))]
+
+    def _filling(self, name: str, cells: Array) -> list[Any]:
+        column = cells.tolist()
+        return [self._quoted[code] for code in column] if name in WORD else column
 
     def row(self, i: int) -> dict[str, Any]:
         """Row i as the object of its line."""
@@ -236,6 +271,7 @@ def _fill(row: Array, name: str, cell: Any) -> None:
 
 def _round(floats: Array) -> None:
     """Keep what the file's fixed format reads back to the same bits."""
+    floats += 0.0  # no -0.0, which would be written otherwise than 0.0
     measured = floats[:4]
     np.copyto(measured, np.rint(measured * 1e12) / 1e12, where=measured < EXACT)
     np.rint(floats[4], out=floats[4])
