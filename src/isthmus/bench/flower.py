@@ -24,7 +24,7 @@ from isthmus.federated.flower.app import play
 from isthmus.wire.ledger import Ledger
 from isthmus.wire.link import Link
 
-CLIENTS, ROUNDS, WARM = 10, 20, 2
+CLIENTS, ROUNDS, WARM = 10, 60, 2
 SEED = 7
 
 

@@ -161,7 +161,7 @@ class Grid:
                 if not arrived:
                     replies[i] = _error(asked[i], Code.NO_REPLY, "the reply did not arrive")
                 else:
-                    replies[i] = unpack(parcel)
+                    replies[i] = unpack(parcel, last=True)
         for i, (message, at) in enumerate(zip(asked, done.tolist(), strict=True)):
             if i not in replies:
                 replies[i] = _error(message, Code.NO_NODE, "the message did not arrive")

@@ -90,15 +90,15 @@ def _framed(length: int) -> int:
     return 1 + max(1, -(-length.bit_length() // 7)) + length
 
 
-def unpack(parcel: Parcel) -> Message:
-    """The message that a parcel holds, of objects of its own."""
+def unpack(parcel: Parcel, last: bool = False) -> Message:
+    """The message that a parcel holds, of objects of its own; `last`: nobody else unpacks it."""
     from flwr.app import RecordDict
     from flwr.app.message.message import make_message
     from flwr.common.serde_utils import metadata_from_proto
 
     metadata = metadata_from_proto(parcel.head)
     if isinstance(parcel.held, RecordDict):
-        return make_message(metadata, own(parcel.held))
+        return make_message(metadata, parcel.held if last else own(parcel.held))
     return make_message(metadata, error=copy(parcel.held))
 
 
@@ -107,16 +107,28 @@ def own(content: RecordDict) -> RecordDict:
 
     Flower's records check every entry that is put into them; these have been checked.
     """
-    made = copy(content)
+    made = _twin(content)
     made.__dict__["_data"] = records = {}
-    for name, record in content.items():
-        records[name] = mine = copy(record)
-        entries: dict[str, Any] = record.__dict__["_data"]
+    for name, record in content.__dict__["_data"].items():
+        records[name] = mine = _twin(record)
         mine.__dict__["_data"] = {
-            key: value if isinstance(value, int | float | str | bytes) else copy(value)
-            for key, value in entries.items()
+            key: value if isinstance(value, _FIXED) else _twin(value)
+            for key, value in record.__dict__["_data"].items()
         }
     return made
+
+
+_FIXED = (int, float, str, bytes)
+
+
+def _twin(thing: Any) -> Any:
+    """`copy.copy`, in less time for the plain objects that Flower's records and arrays are."""
+    held = getattr(thing, "__dict__", None)
+    if held is None:
+        return copy(thing)
+    twin = object.__new__(type(thing))
+    twin.__dict__.update(held)
+    return twin
 
 
 def project(folder: Path) -> dict[str, Any]:
