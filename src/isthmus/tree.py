@@ -77,8 +77,8 @@ def cat(stacked: Sequence[Mapping[str, Tensor]]) -> Tree:
 
 def unstack(stacked: Mapping[str, Tensor]) -> list[Tree]:
     """One stacked tree -> the list of its n trees (views)."""
-    n = next(iter(stacked.values())).shape[0]
-    return [row(stacked, i) for i in range(n)]
+    rows = zip(*(x.unbind() for x in stacked.values()), strict=True)
+    return [dict(zip(stacked, row, strict=True)) for row in rows]
 
 
 def row(stacked: Mapping[str, Tensor], i: int) -> Tree:

@@ -25,7 +25,7 @@ from isthmus.federated.path import Path
 from isthmus.federated.round import Federation
 from isthmus.privacy.clip import norms
 from isthmus.tree import Tree
-from isthmus.wire.codecs import ErrorFeedback
+from isthmus.wire.codecs import ErrorFeedback, parse
 from isthmus.wire.errors import WireError
 
 TASK = tiny.task((5, 14, 9, 3, 7, 11, 4))
@@ -515,3 +515,24 @@ def test_feedback_is_for_changes() -> None:
     with pytest.raises(InputError, match="error feedback"):
         tiny.federation("fedavg", TASK, codec="randomk:0.2,unbiased", feedback=True)
     assert isinstance(tiny.federation("fedavg", TASK, feedback=True).path.feedback, ErrorFeedback)
+
+
+@pytest.mark.parametrize("codec", ["dense", "int8:stochastic", "topk:0.3|int8", "sign"])
+def test_downloads_of_the_same_shapes_cross_together_as_they_would_alone(codec: str) -> None:
+    made = [
+        {"w": torch.randn(4, 3, generator=draw), "b": torch.randn(5, generator=draw)}
+        for draw in map(torch.Generator().manual_seed, range(3))
+    ]
+    path, axes = Path(download=parse(codec)), {"w": -2}
+    for rank in (0, 2):
+        told = {"rank": rank, "axes": axes} if rank else {}
+        together = path.down(made, 4, 99, **told)
+        alone = [one for each in made for one in path.down([each], 4, 99, **told)]
+        for (got, *sizes), (wanted, *sizes_alone) in zip(together, alone, strict=True):
+            assert tree.equal(got, wanted) and sizes == sizes_alone
+        if codec == "dense" and rank:
+            assert all((got["w"][rank:] == 0).all() for got, *_ in together)
+
+
+def test_downloads_without_tensors_are_messages_all_the_same() -> None:
+    assert Path().down([{}, {}], 1, 0) == Path().down([{}], 1, 0) * 2

@@ -176,7 +176,7 @@ class Asynchronous(Federation):
             axes = self.method.rank_axes() if self.method.slices_download else None
             sent = self.method.send(self.state, Known(client, rank, 0))
             key = seeds.key(self.seed, "download", self.round)
-            made[slot] = self.path.down(sent, self.round, key, rank, axes)
+            (made[slot],) = self.path.down([sent], self.round, key, rank, axes)
         return made[slot]
 
     def _working(self, flight: Flight, begun: float) -> float:

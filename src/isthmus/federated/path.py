@@ -126,24 +126,36 @@ class Path:
     # -- down ---------------------------------------------------------------------------
 
     def down(
-        self, sent: Tree, round: int, key: int, rank: int = 0, axes: Axes | None = None
-    ) -> tuple[Tree, int, int]:
-        """Encode one download and decode it: tensors, bytes, bytes of values alone.
+        self,
+        sent: Sequence[Tree],
+        round: int,
+        key: int,
+        rank: int = 0,
+        axes: Axes | None = None,
+    ) -> list[tuple[Tree, int, int]]:
+        """Encode downloads of the same shapes and decode them: of each its tensors, bytes, and
+        bytes of values alone.
 
         Of the tensors in `axes` only the first `rank` directions cross; zeros stand for the rest.
         """
-        crossing = _sliced(sent, rank, axes) if axes else sent
-        stacked = {name: x.unsqueeze(0) for name, x in crossing.items()}
+        crossing = [_sliced(one, rank, axes) for one in sent] if axes else sent
+        stacked = _stacked(crossing)
         plain = is_plain(self.download)
-        payload = (
-            Payload(stacked) if plain else self.download.encode_many(stacked, [key], declared=True)
-        )
+        if plain:
+            payload = Payload(stacked)
+        else:
+            keys = [key] * len(sent)
+            payload = self.download.encode_many(stacked, keys, declared=True)
         schema, template, values = self._schema("model", _MODEL, (), stacked, payload.tensors)
-        parcel = encode_many(schema, {}, payload.tensors, session=round)
-        _, tensors = decode_many(parcel, schema)
-        got = tensors if plain else self.download.decode_many(Payload(tensors, {}, 1), template)
-        arrived = tree.row(got, 0)
-        return _widened(arrived, sent) if axes else arrived, int(parcel.sizes[0]), values
+        session = round if len(sent) == 1 else [round] * len(sent)
+        parcel = encode_many(schema, {}, payload.tensors, session=session)
+        _, got = decode_many(parcel, schema)
+        if not plain:
+            got = self.download.decode_many(Payload(got, {}, len(sent)), template)
+        arrived = tree.unstack(got) if got else [{} for _ in sent]
+        if axes:
+            arrived = [_widened(one, whole) for one, whole in zip(arrived, sent, strict=True)]
+        return [(one, n, values) for one, n in zip(arrived, parcel.sizes.tolist(), strict=True)]
 
     # -- up -----------------------------------------------------------------------------
 
@@ -460,6 +472,13 @@ _LOCAL_NOISE, _CODEC, _CENTRAL_NOISE = 101, 102, 103
 def is_plain(codec: Codec) -> bool:
     """True when tensors are sent as they are, so that there is nothing to encode."""
     return isinstance(codec, Dense) and codec.format == "exact"
+
+
+def _stacked(trees: Sequence[Tree]) -> Tree:
+    """`tree.stack`, without a copy of one alone."""
+    if len(trees) == 1:
+        return {name: x.unsqueeze(0) for name, x in trees[0].items()}
+    return tree.stack(trees)
 
 
 def _memory_of(kept: Tree, rows: Tensor) -> Tree:

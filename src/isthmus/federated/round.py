@@ -182,10 +182,11 @@ class Federation:
         axes = self.method.rank_axes() if self.method.slices_download else None
         made = self.downloads(clients)
         slots = list(zip(map(id, made), self.ranks[clients].tolist(), strict=True))
-        crossed = {
-            slot: self.path.down(sent, self.round, key, slot[1], axes)
-            for slot, sent in dict(zip(slots, made, strict=True)).items()
-        }
+        crossed: dict[tuple[int, int], tuple[Tree, int, int]] = {}
+        for alike in _alike(dict(zip(slots, made, strict=True))):
+            (_, rank), *_ = alike
+            arrived = self.path.down([*alike.values()], self.round, key, rank, axes)
+            crossed.update(zip(alike, arrived, strict=True))
         downs, sizes, values = zip(*map(crossed.__getitem__, slots), strict=True)
         sizes, values = np.array(sizes, np.int64), np.array(values, np.int64)
         names = self.named(clients)
@@ -436,6 +437,17 @@ class Federation:
         """Take up a `journal` again."""
         self.schedule.restore(about["schedule"])
         self.fleet.spent = tensors["spent"].numpy().copy()
+
+
+def _alike(made: dict[tuple[int, int], Tree]) -> list[dict[tuple[int, int], Tree]]:
+    """Downloads (by identity and rank) in groups of one rank and the same shapes."""
+    if len(made) == 1:
+        return [made]
+    groups: dict[Any, dict[tuple[int, int], Tree]] = {}
+    for slot, sent in made.items():
+        shapes = tuple([(name, x.shape, x.dtype) for name, x in sent.items()])
+        groups.setdefault((slot[1], shapes), {})[slot] = sent
+    return list(groups.values())
 
 
 def _rows(stacked: Tree, keep: np.ndarray) -> Tree:

@@ -111,8 +111,8 @@ def crossed(fed: Federation, rounds: int) -> tuple[set[str], set[str], list[Upda
     down: set[str] = set()
     send = fed.path.down
 
-    def spy(sent: Tree, *rest: Any) -> Any:
-        down.update(sent)
+    def spy(sent: Sequence[Tree], *rest: Any) -> Any:
+        down.update(name for one in sent for name in one)
         return send(sent, *rest)
 
     fed.path.down = spy  # type: ignore[method-assign]

@@ -50,7 +50,7 @@ class FedAMP(Rows):
         rows = state["clients"]
         xi = self.attention(rows, torch.tensor([k.client for k in known]))
         mixed = {name: torch.einsum("kn,n...->k...", xi, x) for name, x in rows.items()}
-        return [tree.row(mixed, i) for i in range(len(known))]
+        return tree.unstack(mixed)
 
     def send(self, state: State, known: Known) -> Tree:
         return self.sends(state, [known])[0]
@@ -58,9 +58,7 @@ class FedAMP(Rows):
     def attention(self, rows: Tree, clients: Tensor) -> Tensor:
         """xi of these clients, `[k, N]`; each row sums to 1."""
         flat = tree.flatten_stacked(rows).double()
-        flat = flat - flat.mean(
-            0
-        )  # products of what models share would round away where they differ
+        flat = flat - flat.mean(0)  # what all share would round away in what they do not
         square = flat.square().sum(1)
         distance = (square[clients, None] + square - 2.0 * flat[clients] @ flat.T).clamp_min(0.0)
         most = self.knobs.alpha / max(1, self.population - 1)
