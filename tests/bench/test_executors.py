@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 import torch
 
 from isthmus.bench import executors
 from isthmus.federated.executors.sequential import Sequential
 from isthmus.federated.executors.vectorised import Vectorised
+from isthmus.federated.round import Federation
 
 
 def test_each_method_has_a_ratio_and_all_together_a_median_and_a_least() -> None:
@@ -50,7 +54,22 @@ def test_visits_are_counted_by_their_uploads() -> None:
     assert 10 <= fed.uploads <= arrived and fed.uploads % 5 == 0
 
 
-def test_a_crowd_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crowd_plays_when_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(executors, "COHORT", 20)
-    seconds, early, late = executors.crowd(100, rounds=11)
-    assert seconds > 0 and 0 < early <= late
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go\ngo\n"))
+    steps: list[int] = []
+    step = Federation.step
+
+    def watched(fed: Federation) -> object:
+        steps.append(fed.round)
+        return step(fed)
+
+    monkeypatch.setattr(Federation, "step", watched)
+    executors.crowd(100)
+    (first, early), (_, late) = (
+        map(float, line.split()) for line in capsys.readouterr().out.splitlines()
+    )
+    assert steps == list(range(2 * executors.ROUNDS))
+    assert first > 0 and 0 < early <= late

@@ -17,18 +17,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from isthmus import catalogue
 from isthmus.bench.federated import BATCH, CLIENTS, LR, Crowd, WideDigits, peak
-from isthmus.bench.figure import Figure, at_least, at_most, turns_of
+from isthmus.bench.figure import Figure, at_least, at_most, ratio, turns_of
 from isthmus.federated.adapters.lora import LoraMethod
 from isthmus.learn.graph import Graphs
 from isthmus.models.nets import cnn
@@ -100,8 +99,8 @@ def asynchronous(turns: int = TURNS) -> list[Figure]:
         keys: dict[str, Any] = {"schedule": schedule, "speeds": "lognormal:0.5"}
         feds = [federation("fedavg", way, **keys) for way in ("sequential", "auto")]
         times = turns_of(turns, [visits(fed, CLIENTS) for fed in feds])
-        ratio = median(times[0]) / median(times[1])
-        out.append(Figure(f"{schedule}, pending visits together over one by one", ratio, "x"))
+        title = f"{schedule}, pending visits together over one by one"
+        out.append(Figure(title, median(times[0]) / median(times[1]), "x"))
     return out
 
 
@@ -191,49 +190,56 @@ def timed(owner: Any, name: str) -> Iterator[list[float]]:
 
 
 REGISTERED = (10_000, 1_000_000)
-COHORT = 1_000
+COHORT, BLOCKS, ROUNDS = 1_000, 8, 5
 
 
 def crowds() -> list[Figure]:
-    """A million registered clients beside ten thousand, each in a process of its own: SCAFFOLD,
-    whose clients keep 38 kB each on disk, cohorts of a thousand."""
-    few, many = (_alone(registered) for registered in REGISTERED)
+    """A million registered clients beside ten thousand, each in a process of its own, in turns:
+    SCAFFOLD, whose clients keep 38 kB each on disk, cohorts of a thousand."""
+    commands = [f"from {__name__} import crowd; crowd({registered})" for registered in REGISTERED]
+    with ExitStack() as stack:
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        players = [
+            stack.enter_context(subprocess.Popen([sys.executable, "-c", command], **pipes))
+            for command in commands
+        ]
+        blocks = [[_block(player) for player in players] for _ in range(BLOCKS)]
+    few, many = ([block[i][0] for block in blocks[1:]] for i in (0, 1))  # the first one records
+    low, high = ([block[i][1] for block in blocks] for i in (0, 1))
     cohort = f"cohort {COHORT:,}"
     return [
-        Figure(f"round, {REGISTERED[1]:,} registered, {cohort}", many[0], "s"),
+        Figure(f"round, {REGISTERED[1]:,} registered, {cohort}", median(many), "s"),
         at_most(
-            f"the same over that with {REGISTERED[0]:,} registered", many[0] / few[0], 1.25, "x"
+            f"the same over that with {REGISTERED[0]:,} registered", ratio(many, few), 1.25, "x"
         ),
-        Figure(f"peak memory, {REGISTERED[1]:,} registered, {cohort}", many[2], "GiB"),
-        Figure(f"the same with {REGISTERED[0]:,} registered", few[2], "GiB"),
-        at_most("memory gained between round 10 and round 40", many[2] - many[1], 0.05, "GiB"),
+        Figure(f"peak memory, {REGISTERED[1]:,} registered, {cohort}", high[-1], "GiB"),
+        Figure(f"the same with {REGISTERED[0]:,} registered", low[-1], "GiB"),
+        at_most("memory gained between round 10 and round 40", high[-1] - high[1], 0.05, "GiB"),
     ]
 
 
-def _alone(registered: int) -> tuple[float, float, float]:
-    code = f"from isthmus.bench.executors import crowd; print(*crowd({registered}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, early, late = (float(word) for word in done.stdout.split())
-    return seconds, early, late
+def _block(player: subprocess.Popen[str]) -> tuple[float, float]:
+    """Have a `crowd` play its rounds: seconds of a round, and its peak memory so far in GiB."""
+    assert player.stdin is not None and player.stdout is not None
+    print("go", file=player.stdin, flush=True)
+    seconds, most = map(float, player.stdout.readline().split())
+    return seconds, most
 
 
-def crowd(registered: int, rounds: int = 40) -> tuple[float, float, float]:
-    """Median seconds of a round, and the peak memory in GiB after ten rounds and at the end."""
+def crowd(registered: int) -> None:
+    """Play some rounds for every line of the standard input, and print what `_block` reads."""
     torch.set_num_threads(1)
     keys = {"method": "scaffold", "clients": registered, "cohort": COHORT, "batch": BATCH}
     config = Config.make({**keys, "lr": LR, "evaluate": 0, "executor": "vectorised"})
-    times: list[float] = []
-    peaks: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ledger = Ledger(folder / "ledger.jsonl")
         fed = build(config, ledger, folder / "clients.bin", Crowd(registered)).federation
-        for _ in range(rounds):
+        for _ in sys.stdin:
             start = time.perf_counter()
-            fed.step()
-            times.append(time.perf_counter() - start)
-            peaks.append(peak())
-    return float(np.median(times[1:])), peaks[9], peaks[-1]
+            for _ in range(ROUNDS):
+                fed.step()
+            print((time.perf_counter() - start) / ROUNDS, peak(), flush=True)
 
 
 def federation(name: str, way: str, task: Task | None = None, **more: Any) -> Any:
