@@ -29,7 +29,7 @@ from isthmus.tasks.digits import Digits
 from isthmus.wire.ledger import Ledger
 
 CLIENTS, BATCH, LR = 100, 10, 0.1
-BLOCKS, TURNS, ROUNDS = 9, 5, 8
+BLOCKS, TURNS, ROUNDS = {10: 27, 100: 9}, 5, 8  # more of what is soon over
 
 
 class WideDigits(Digits):
@@ -97,15 +97,17 @@ def fedavg_on_digits(cohort: int, compile: str, folder: Path, **more: Any) -> An
     return build(Config.make(keys), ledger, store, WideDigits()).federation
 
 
-def _ratio(base: Callable[[], object], works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Time of each piece of work over that of `base`: the median of blocks of rounds.
+def _ratio(
+    base: Callable[[], object], works: dict[str, Callable[[], object]], many: int
+) -> dict[str, float]:
+    """Time of each piece of work over that of `base`: the median of `many` blocks of rounds.
 
     A block is long, since rows of the ledger are written many rounds at a time, and it is played
     in short turns, so that all meet the machine in the same moods.
     """
     pieces = {"base": base, **works}
     blocks: list[dict[str, float]] = []
-    for _ in range(BLOCKS):
+    for _ in range(many):
         block = dict.fromkeys(pieces, 0.0)
         for _ in range(TURNS):
             for name, work in pieces.items():
@@ -148,7 +150,9 @@ def _measure(compiled: bool) -> list[Figure]:
                 seconds = time.perf_counter() - start
                 out.append(Figure(f"time to compile, {cohort} clients", seconds, "s", None, None))
             ratios = _ratio(
-                lambda loop=loop, n=cohort: loop(n), {mode: fed.step for mode, fed in feds.items()}
+                lambda loop=loop, n=cohort: loop(n),
+                {mode: fed.step for mode, fed in feds.items()},
+                BLOCKS[cohort],
             )
             for mode, ratio in ratios.items():
                 goal = GOALS[mode, cohort]
