@@ -73,3 +73,13 @@ def test_a_crowd_plays_when_it_is_asked(
     )
     assert steps == list(range(2 * executors.ROUNDS))
     assert first > 0 and 0 < early <= late
+
+
+@pytest.mark.slow
+def test_two_crowds_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "REGISTERED", (1_000, 2_000))
+    monkeypatch.setattr(executors, "BLOCKS", 2)
+    seconds, over, most, least, gained = executors.crowds()
+    assert seconds.value > 0 and over.value > 0
+    assert min(most.value, least.value) > 0.2  # each has torch and a thousand models in memory
+    assert gained.value == 0 and gained.holds  # from round 10, which here is the last, to the last
