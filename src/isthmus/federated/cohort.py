@@ -120,10 +120,8 @@ class Done:
     def declared(self, cohort: Cohort, sizes: Sequence[int], needs_loss: bool) -> list[Meta]:
         """What each client of the cohort says of its upload; its loss where that is asked for."""
         n, round = len(cohort), cohort.round
-        if isinstance(round, int):
-            rounds, versions = [round] * n, [max(0, round - 1)] * n
-        else:
-            rounds, versions = round.tolist(), np.maximum(round - 1, 0).tolist()
+        rounds = [round] * n if isinstance(round, int) else round.tolist()
+        versions = [max(0, round - 1) for round in rounds]
         losses: list[float | None] = [None] * n
         if needs_loss:
             losses = np.nan_to_num(self.loss.double().numpy()).tolist()  # a diverged one is guarded

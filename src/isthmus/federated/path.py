@@ -140,19 +140,16 @@ class Path:
         """
         crossing = [_sliced(one, rank, axes) for one in sent] if axes else sent
         stacked = _stacked(crossing)
-        plain = is_plain(self.download)
-        if plain:
-            payload = Payload(stacked)
-        else:
-            keys = [key] * len(sent)
-            payload = self.download.encode_many(stacked, keys, declared=True)
+        plain, keys = is_plain(self.download), [key] * len(sent)
+        payload = (
+            Payload(stacked) if plain else self.download.encode_many(stacked, keys, declared=True)
+        )
         schema, template, values = self._schema("model", _MODEL, (), stacked, payload.tensors)
-        session = round if len(sent) == 1 else [round] * len(sent)
-        parcel = encode_many(schema, {}, payload.tensors, session=session)
+        parcel = encode_many(schema, {}, payload.tensors, session=[round] * len(sent))
         _, got = decode_many(parcel, schema)
         if not plain:
             got = self.download.decode_many(Payload(got, {}, len(sent)), template)
-        arrived = tree.unstack(got) if got else [{} for _ in sent]
+        arrived = [tree.row(got, i) for i in range(len(sent))]
         if axes:
             arrived = [_widened(one, whole) for one, whole in zip(arrived, sent, strict=True)]
         return [(one, n, values) for one, n in zip(arrived, parcel.sizes.tolist(), strict=True)]

@@ -441,8 +441,6 @@ class Federation:
 
 def _alike(made: dict[tuple[int, int], Tree]) -> list[dict[tuple[int, int], Tree]]:
     """Downloads (by identity and rank) in groups of one rank and the same shapes."""
-    if len(made) == 1:
-        return [made]
     groups: dict[Any, dict[tuple[int, int], Tree]] = {}
     for slot, sent in made.items():
         shapes = tuple([(name, x.shape, x.dtype) for name, x in sent.items()])

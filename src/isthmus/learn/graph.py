@@ -8,6 +8,7 @@ through TorchScript's interpreter; `compile` hands them to the inductor instead.
 
 from __future__ import annotations
 
+import os
 import shlex
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -165,11 +166,12 @@ def _compiled(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[...
 @contextmanager
 def _libraries_quoted() -> Iterator[None]:
     """For a torch in a folder with a space in its name: the inductor (2.13) quotes that path for
-    the compiler, but not for the linker."""
+    the compiler, but only on Windows for the linker."""
     from torch.utils import cpp_extension
 
     plain = cpp_extension.TORCH_LIB_PATH
-    cpp_extension.TORCH_LIB_PATH = shlex.quote(plain)
+    if os.name == "posix":
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(plain)
     try:
         yield
     finally:

@@ -112,13 +112,10 @@ def own(content: RecordDict) -> RecordDict:
     for name, record in content.__dict__["_data"].items():
         records[name] = mine = _twin(record)
         mine.__dict__["_data"] = {
-            key: value if isinstance(value, _FIXED) else _twin(value)
+            key: value if isinstance(value, (int, float, str, bytes)) else _twin(value)
             for key, value in record.__dict__["_data"].items()
         }
     return made
-
-
-_FIXED = (int, float, str, bytes)
 
 
 def _twin(thing: Any) -> Any:

@@ -58,7 +58,8 @@ class FedAMP(Rows):
     def attention(self, rows: Tree, clients: Tensor) -> Tensor:
         """xi of these clients, `[k, N]`; each row sums to 1."""
         flat = tree.flatten_stacked(rows).double()
-        flat = flat - flat.mean(0)  # what all share would round away in what they do not
+        # Beside what all models share, their differences would round away in products.
+        flat = flat - flat.mean(0)
         square = flat.square().sum(1)
         distance = (square[clients, None] + square - 2.0 * flat[clients] @ flat.T).clamp_min(0.0)
         most = self.knobs.alpha / max(1, self.population - 1)
